@@ -1,0 +1,1 @@
+"""serving answers from a model folder, inside one process: no network, no Ray, no protobuf."""

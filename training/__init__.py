@@ -1,0 +1,1 @@
+"""training turns data into model folders."""

@@ -1,0 +1,327 @@
+"""Recipes: one strict config class per stage, one Recipe that holds them.
+
+Imports nothing heavier than pydantic, so `chatforge plan` and `--help` answer at once. A recipe is YAML; `base: NAME`
+makes it a variation of another; `--set stage.field=value` changes single fields. Every mistake is a `ConfigError` that
+names the key, the value and what would have been valid, before anything expensive starts.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0.0)]
+Sources = Annotated[list[str], Field(min_length=1)]
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot run; the message names the key, the value and the fix."""
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's settings: frozen, unknown keys and wrong types refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # How a stage runs, against what it computes: these fields may change without making its model stale.
+    runtime: ClassVar[frozenset[str]] = frozenset()
+
+
+class LoraConfig(StageConfig):
+    """Low-rank adapters (Hu et al. 2021); the exported model has them merged."""
+
+    r: Positive = 8
+    alpha: Positive = 16
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TrainingConfig(StageConfig):
+    """What every gradient-trained stage shares."""
+
+    batch_size: Positive = 32  # sequences per optimiser step, over all workers
+    micro_batch_size: Positive = 8  # sequences per forward pass of one worker; a matter of memory alone
+    learning_rate: Rate = 1e-4
+    warmup_ratio: Fraction = 0.03  # of all optimiser steps
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0  # on matrices; norms, biases and embeddings have none
+    max_grad_norm: Rate = 1.0
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # what DeepSpeed shards: optimiser, gradients, parameters
+    checkpoint_every: Positive = 50  # optimiser steps
+
+    runtime: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
+
+    def gradient_accumulation_steps(self, workers: int) -> int:
+        """Micro-batches per optimiser step of one worker; raises ConfigError where they do not divide."""
+        passed = workers * self.micro_batch_size
+        if self.batch_size % passed:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is not divisible by workers × micro_batch_size = "
+                f"{workers} × {self.micro_batch_size} = {passed}; change one of the three"
+            )
+        return self.batch_size // passed
+
+
+class TokenizerConfig(StageConfig):
+    """Byte-level BPE with special tokens and the chat template."""
+
+    text: Sources
+    vocab_size: Annotated[int, Field(ge=300)] = 4096
+
+
+class PretrainConfig(TrainingConfig):
+    """A GPT-2 or Llama-style decoder, trained on packed text."""
+
+    text: Sources
+    architecture: Literal["gpt2", "llama"] = "llama"
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive | None = None  # llama only; default num_heads
+    hidden_size: Positive = 256
+    seq_len: Annotated[int, Field(ge=8)] = 256
+    tokens: Positive  # seen in training, repeats counted; the number of steps follows
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_ratio: Fraction = 0.2  # wsd only: the last part of the steps, in which the rate falls
+    min_lr_ratio: Fraction = 0.1
+    beta2: Fraction = 0.95
+    dropout: Fraction = 0.0
+    learning_rate: Rate = 6e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    eval_every: Positive = 100  # optimiser steps
+
+    runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"eval_every"}
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // self.batch_tokens)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={kv_heads}")
+        if self.architecture == "gpt2" and kv_heads != self.num_heads:
+            raise ValueError("num_kv_heads is for architecture: llama; gpt2 has one key per query head")
+        return self
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on chats; loss on the assistant's tokens alone."""
+
+    model: str | None = None  # a model folder or hub name; default: the pretrain stage's
+    chats: Sources
+    max_length: Positive = 256  # tokens; longer chats lose whole turns from the end, and are counted
+    num_train_epochs: Rate = 2.0
+    lora: LoraConfig | None = None
+
+
+class RankConfig(StageConfig):
+    """K completions per prompt, ranked by a person or by a named judge."""
+
+    model: str | None = None  # default: the sft stage's
+    prompts: Sources
+    num_prompts: Positive = 512
+    num_completions: Annotated[int, Field(ge=2, le=9)] = 4
+    judge: Literal["vader", "person"] = "vader"
+    max_new_tokens: Positive = 32
+    temperature: Rate = 1.0
+
+
+class RewardConfig(TrainingConfig):
+    """A reward model from rankings; `batch_size` counts prompts, each with all pairs of its ranking."""
+
+    model: str | None = None  # default: the sft stage's
+    rankings: Sources | None = None  # default: the rank stage's
+    max_length: Positive = 256
+    num_train_epochs: Rate = 1.0
+    lora: LoraConfig | None = None
+
+
+class PPOConfig(TrainingConfig):
+    """PPO from the SFT model with the learned reward; names as in TRL's PPOConfig.
+
+    `batch_size` counts the episodes (prompts with one completion each) of one rollout over all workers.
+    """
+
+    model: str | None = None  # the policy's start and the KL's reference; default: the sft stage's
+    reward_model: str | None = None  # default: the reward stage's
+    prompts: Sources
+    total_episodes: Positive
+    response_length: Positive = 32  # tokens a completion may have
+    temperature: Rate = 1.0
+    num_ppo_epochs: Positive = 4
+    num_mini_batches: Positive = 2
+    cliprange: Rate = 0.2
+    cliprange_value: Rate = 0.2
+    vf_coef: Rate = 0.1
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
+    kl_target: Rate | None = None  # nats per completion: makes the coefficient adaptive (Ziegler et al. 2019, 2.2)
+    kl_horizon: Positive = 10_000  # episodes
+    whiten_rewards: bool = False
+    missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    critic_learning_rate: Rate = 3e-4
+    max_kl: Rate = 50.0  # gate: mean nats per completion at which a run has lost its reference
+    lora: LoraConfig | None = None
+
+    @property
+    def num_rollouts(self) -> int:
+        return max(1, self.total_episodes // self.batch_size)
+
+
+class EvaluateConfig(StageConfig):
+    """What each stage's model is worth on held-out data."""
+
+    num_prompts: Positive = 256
+    max_new_tokens: Positive = 32
+    judge: Literal["vader"] | None = "vader"  # the gold score; none where there is no named judge
+    prompts: list[str] = ["Hello!", "How are you today?", "What do you like to do?", "Tell me about your family."]
+
+
+class Recipe(StageConfig):
+    """A whole run: its stages in order, and where they run."""
+
+    name: str
+    seed: int = 1
+    workers: Positive = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05  # held out of every stage: documents, chats, prompts
+    tokenizer: TokenizerConfig | None = None
+    pretrain: PretrainConfig | None = None
+    sft: SFTConfig | None = None
+    rank: RankConfig | None = None
+    reward: RewardConfig | None = None
+    ppo: PPOConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages this recipe has, in the order they run."""
+        fields = ((name, getattr(self, name)) for name in STAGES)
+        return {name: config for name, config in fields if config is not None}
+
+
+STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
+    """A shipped recipe's name or a YAML file, with `stage.field=value` overrides applied.
+
+    Raises ConfigError naming the first wrong key or value.
+    """
+    tree = _read(recipe)
+    for override in overrides or []:
+        _set(tree, override)
+    return _validated(tree)
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"recipe {recipe!r} not found: {_nearest(recipe, shipped_recipes())}, or give a .yaml file")
+    if str(path) in seen:
+        raise ConfigError(f"recipe {recipe!r} is its own base: {' -> '.join((*seen, str(path)))}")
+    try:
+        tree = yaml.load(path.read_text("utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of stages, not {type(tree).__name__}")
+    base = tree.pop("base", None)
+    tree.setdefault("name", path.stem)
+    if base is None:
+        return tree
+    sibling = path.parent / str(base)
+    return _merged(_read(str(sibling) if sibling.is_file() else str(base), (*seen, str(path))), tree)
+
+
+def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in change.items():
+        both_maps = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both_maps else value
+    return out
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: write it as stage.field=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
+
+
+def _validated(tree: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explained(dict(e)) for e in error.errors())) from None
+
+
+def _explained(error: dict[str, Any]) -> str:
+    """One line for one pydantic error: key, value, and what is valid there."""
+    where = [str(part) for part in error["loc"]]
+    key = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key; {_nearest(where[-1], _fields_at(where[:-1]))}"
+    if error["type"] == "missing":
+        return f"{key}: is required and has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if not where or isinstance(error["input"], dict):
+        return f"{key}: {message}" if where else message
+    return f"{key}={error['input']!r}: {message}"
+
+
+def _fields_at(where: list[str]) -> list[str]:
+    fields = Recipe.model_fields
+    for part in where:
+        annotation = fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        fields = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel)).model_fields
+    return list(fields)
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"

@@ -1,0 +1,1 @@
+"""Readers: file, hub name or installed package -> validated records -> batches."""

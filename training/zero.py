@@ -1,0 +1,242 @@
+"""DeepSpeed for every stage: config, engine set-up, sharded checkpoints, export.
+
+All that is particular to running DeepSpeed on a laptop's CPU as on many GPUs stands in this file: the stages do not ask
+where they are. bf16 is DeepSpeed's torch_autocast: weights, their master copy and checkpoints are one set of fp32
+tensors under ZeRO 0 to 3 (Rajbhandari et al. 2020), and matrix products run in bf16.
+"""
+
+import os
+import random
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from training.config import TrainingConfig
+from training.run import Run, commit_folder
+
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "DS_SKIP_CUDA_CHECK": "1",
+}
+
+
+def choose_device(requested: str, gpus: int, workers: int) -> str:
+    """`cuda` where the cluster has a GPU for every worker, else `cpu`; raises ValueError for a cuda that is not there."""
+    if requested == "cpu":
+        return "cpu"
+    if gpus >= workers:
+        return "cuda"
+    if requested == "cuda":
+        raise ValueError(f"device=cuda needs a GPU for each of workers={workers}; there are {gpus}: set device to auto")
+    return "cpu"
+
+
+def backend(device: str) -> str:
+    return {"cpu": "gloo", "cuda": "nccl"}[device]
+
+
+def init_distributed(device: str) -> None:
+    """Join the workers' process group (of one where no launcher set RANK) before transformers or accelerate look for it.
+
+    Idempotent. On CPU no DeepSpeed op is built: a process killed in mid-build leaves a lock that hangs later starts.
+    """
+    os.environ.update(ENVIRONMENT)
+    os.environ["DS_ACCELERATOR"] = device
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in alone.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+    import deepspeed.ops
+
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=backend(device), auto_mpi_discovery=False, verbose=False)
+
+
+def seed_everything(seed: int) -> None:
+    """Python, numpy and torch; the same on every rank: what differs between ranks is their data."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def deepspeed_config(config: TrainingConfig, workers: int) -> dict[str, Any]:
+    """The stage's settings as DeepSpeed takes them."""
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(workers),
+        "gradient_clipping": config.max_grad_norm,
+        "torch_autocast": {"enabled": config.dtype == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": {"stage": config.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: decay for matrices that multiply; none for norms, biases and embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(matrix) >= 2 and id(parameter) not in embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def initialize(
+    model: torch.nn.Module,
+    config: TrainingConfig,
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> Any:
+    """The model on a DeepSpeedEngine. `engine(...)`, `engine.backward(loss)`, `engine.step()` as DeepSpeed documents."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=deepspeed_config(config, run.workers)
+    )
+    return engine
+
+
+def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float) -> dict[str, Any]:
+    """Arguments with which a transformers or TRL trainer runs on DeepSpeed here, and nowhere silently without it.
+
+    On CPU, `use_cpu=True` would give plain DDP without a word; a PartialState made beforehand gives DeepSpeed. Its
+    wrapped model is checked by `OnDeepSpeed`.
+    """
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend=backend(run.device))
+    return {
+        "output_dir": str(run.checkpoints),
+        "num_train_epochs": num_train_epochs,
+        "per_device_train_batch_size": config.micro_batch_size,
+        "per_device_eval_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(run.workers),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup_ratio,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "deepspeed": deepspeed_config(config, run.workers),
+        "accelerator_config": {"use_configured_state": True},
+        "use_cpu": False,
+        "dataloader_pin_memory": run.device == "cuda",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": run.seed,
+        "data_seed": run.seed,
+    }
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_workers(value: float) -> float:
+    """The mean of one number over all workers."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(tensor)
+    return (tensor / dist.get_world_size()).item()
+
+
+def sum_over_workers(values: list[float]) -> list[float]:
+    """Elementwise sums over all workers."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> None:
+    """All ranks call it; `write` puts every rank's part into one folder, which then appears whole under its name.
+
+    Each rank's random state goes along. The checkpoint before it is deleted once the new one is there.
+    """
+    final = run.checkpoint_path(step)
+    temporary = final.with_name(final.name + ".tmp")
+    if run.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    write(temporary)
+    torch.save(random_state(), temporary / f"random-{run.rank}.pt")
+    barrier()
+    if run.rank == 0:
+        commit_folder(temporary, final)
+        for other in run.checkpoints.iterdir():
+            if other != final:
+                shutil.rmtree(other)
+    barrier()
+
+
+def random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(run: Run, checkpoint: Path) -> None:
+    # weights_only would refuse numpy's and Python's states; the file is one that this run wrote.
+    state = torch.load(checkpoint / f"random-{run.rank}.pt", weights_only=False)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every rank sees whole parameters also under ZeRO-3."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=_is_sharded(model)):
+        yield
+
+
+def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The model's weights in fp32 on the CPU, gathered on rank 0 (empty on the others); all ranks call it."""
+    model = engine.module
+    with gathered(model):
+        if dist.get_rank():
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
