@@ -105,6 +105,20 @@ class PretrainConfig(TrainingConfig):
     def steps(self) -> int:
         return max(1, self.tokens // self.batch_tokens)
 
+    @property
+    def intermediate_size(self) -> int:
+        """Llama's feed-forward width: 8/3 of hidden_size, rounded up to a multiple of 64 (Shazeer 2020)."""
+        return -(-self.hidden_size * 8 // 3 // 64) * 64
+
+    def parameters(self, vocab_size: int) -> int:
+        """Trainable parameters, tied embeddings counted once."""
+        h, kv_heads = self.hidden_size, self.num_kv_heads or self.num_heads
+        if self.architecture == "gpt2":
+            block = 12 * h * h + 13 * h
+            return vocab_size * h + self.seq_len * h + self.num_layers * block + 2 * h
+        attention = 2 * h * h + 2 * h * (h // self.num_heads) * kv_heads
+        return vocab_size * h + self.num_layers * (attention + 3 * h * self.intermediate_size + 2 * h) + h
+
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.num_heads:

@@ -1,7 +1,7 @@
 """The run folder: what a stage reads, writes and can go on from.
 
     runs/NAME/run.json                       the resolved recipe
-    runs/NAME/STAGE/manifest.json            inputs, parents, config, versions, metrics: written last, so it means "done"
+    runs/NAME/STAGE/manifest.json            inputs, parents, config, versions, metrics; written last: done
     runs/NAME/STAGE/metrics.jsonl            one line a logged step
     runs/NAME/STAGE/checkpoints/step-000100  complete or absent
     runs/NAME/STAGE/model                    complete or absent

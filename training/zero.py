@@ -19,33 +19,12 @@ import torch
 import torch.distributed as dist
 
 from training.config import TrainingConfig
-from training.run import Run, commit_folder
-
-ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "DS_SKIP_CUDA_CHECK": "1",
-}
-
-
-def choose_device(requested: str, gpus: int, workers: int) -> str:
-    """`cuda` where the cluster has a GPU for every worker, else `cpu`; raises ValueError for a cuda that is not there."""
-    if requested == "cpu":
-        return "cpu"
-    if gpus >= workers:
-        return "cuda"
-    if requested == "cuda":
-        raise ValueError(f"device=cuda needs a GPU for each of workers={workers}; there are {gpus}: set device to auto")
-    return "cpu"
-
-
-def backend(device: str) -> str:
-    return {"cpu": "gloo", "cuda": "nccl"}[device]
+from training.device import ENVIRONMENT, backend
+from training.run import Run, commit_folder, save_model
 
 
 def init_distributed(device: str) -> None:
-    """Join the workers' process group (of one where no launcher set RANK) before transformers or accelerate look for it.
+    """Join the workers' process group (of one where no launcher set RANK), before transformers looks for it.
 
     Idempotent. On CPU no DeepSpeed op is built: a process killed in mid-build leaves a lock that hangs later starts.
     """
@@ -105,51 +84,13 @@ def initialize(
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Any:
-    """The model on a DeepSpeedEngine. `engine(...)`, `engine.backward(loss)`, `engine.step()` as DeepSpeed documents."""
+    """The model on a DeepSpeedEngine, to be called as DeepSpeed documents."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=deepspeed_config(config, run.workers)
     )
     return engine
-
-
-def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float) -> dict[str, Any]:
-    """Arguments with which a transformers or TRL trainer runs on DeepSpeed here, and nowhere silently without it.
-
-    On CPU, `use_cpu=True` would give plain DDP without a word; a PartialState made beforehand gives DeepSpeed. Its
-    wrapped model is checked by `OnDeepSpeed`.
-    """
-    from accelerate import PartialState
-
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend=backend(run.device))
-    return {
-        "output_dir": str(run.checkpoints),
-        "num_train_epochs": num_train_epochs,
-        "per_device_train_batch_size": config.micro_batch_size,
-        "per_device_eval_batch_size": config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps(run.workers),
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": config.warmup_ratio,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": "adamw_torch",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "deepspeed": deepspeed_config(config, run.workers),
-        "accelerator_config": {"use_configured_state": True},
-        "use_cpu": False,
-        "dataloader_pin_memory": run.device == "cuda",
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": run.seed,
-        "data_seed": run.seed,
-    }
 
 
 def barrier() -> None:
@@ -176,17 +117,22 @@ def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> None:
 
     Each rank's random state goes along. The checkpoint before it is deleted once the new one is there.
     """
-    final = run.checkpoint_path(step)
-    temporary = final.with_name(final.name + ".tmp")
+    temporary = run.checkpoints / "writing.tmp"
     if run.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
     write(temporary)
     torch.save(random_state(), temporary / f"random-{run.rank}.pt")
+    adopt_checkpoint(run, step, temporary)
+
+
+def adopt_checkpoint(run: Run, step: int, written: Path) -> None:
+    """Make a folder that all ranks have written to the newest checkpoint, by one rename; all ranks call it."""
     barrier()
     if run.rank == 0:
-        commit_folder(temporary, final)
+        final = run.checkpoint_path(step)
+        commit_folder(written, final)
         for other in run.checkpoints.iterdir():
             if other != final:
                 shutil.rmtree(other)
@@ -219,13 +165,20 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
-    """The model's weights in fp32 on the CPU, gathered on rank 0 (empty on the others); all ranks call it."""
+def export(engine: Any, run: Run, tokenizer: Any, kind: str, **about: Any) -> None:
+    """The engine's model as the stage's model folder, adapters merged; all ranks call it, rank 0 writes."""
     model = engine.module
     with gathered(model):
-        if dist.get_rank():
-            return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        if run.rank == 0:
+            merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+            merged.config.use_cache = True
+
+            def write(folder: Path) -> None:
+                merged.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+
+            save_model(run, write, kind, **about)
+    barrier()
 
 
 def _is_sharded(model: torch.nn.Module) -> bool:

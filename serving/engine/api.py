@@ -42,13 +42,28 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What came since the last one. `text` never ends inside a UTF-8 character or inside what may become a stop string."""
+    """What came since the last one. `text` never ends inside a UTF-8 character or what may become a stop string."""
 
     text: str
     token_ids: tuple[int, ...]
     seed: int
     logprobs: tuple[float, ...] = ()  # of token_ids under the model's own distribution, temperature 1, no filters
     finish_reason: FinishReason | None = None  # set on the last chunk alone
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One whole answer, as `generate_all` gives it.
+
+    `token_ids` holds every token drawn, the ending eos token included (PPO rewards it); `text` holds neither special
+    tokens, nor a stop string or what follows it, nor a character that was cut off inside its UTF-8 bytes.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...]  # as in Chunk; empty unless asked for
+    finish_reason: FinishReason
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -66,13 +81,17 @@ class QueueFull(RuntimeError):
     """The waiting queue is at its bound; the caller should come back later."""
 
 
+class EngineClosed(RuntimeError):
+    """The engine drains or is closed, and takes no new requests."""
+
+
 class Engine(Protocol):
     """Answers prompts, many at a time."""
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
         """Streams one completion; closing the iterator frees its slot by the next step.
 
-        Raises ValueError where the prompt does not fit, QueueFull where too many wait.
+        Raises ValueError where the prompt does not fit, QueueFull where too many wait, EngineClosed after drain().
         """
         ...
 

@@ -1,0 +1,151 @@
+"""Run one stage on N Ray Train workers; a worker that dies is restarted, and the stage goes on from its checkpoint.
+
+Ray Train starts the processes and watches them. What a stage goes on from is in its run folder alone, so a restart of
+a worker, of the driver and of the whole of Ray are one case.
+"""
+
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from training.config import ConfigError, StageConfig
+from training.device import ENVIRONMENT, backend, choose_device
+from training.progress import Progress
+from training.run import Run, StageError, write_atomic
+
+RESTARTS = 3  # of the workers, before a stage is given up
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+}
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, or one of our own on loopback that ends with the block and leaves no file."""
+    os.environ.update(_QUIET)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    scratch = None
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        scratch = tempfile.mkdtemp(prefix="chatforge-ray-")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=scratch,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def resolve_device(requested: str, workers: int) -> str:
+    """`choose_device` asked of the cluster we are connected to."""
+    import ray
+
+    return choose_device(requested, int(ray.cluster_resources().get("GPU", 0)), workers)
+
+
+def run_stage(config: StageConfig, run: Run) -> None:
+    """Runs `training.STAGE.run(config, run)` on `run.workers` workers and shows its progress.
+
+    Raises StageError or ConfigError as the stage did, RuntimeError when workers died more than RESTARTS times.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _failure(run).unlink(missing_ok=True)
+    done = threading.Event()
+    with Progress(run, done):
+        try:
+            _fit(config, run)
+        finally:
+            done.set()
+    if _failure(run).exists():
+        failure = json.loads(_failure(run).read_text("utf-8"))
+        raise (ConfigError if failure["kind"] == "ConfigError" else StageError)(failure["message"])
+
+
+def _fit(config: StageConfig, run: Run) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus = max(1, int(ray.cluster_resources()["CPU"]) // run.workers)
+    storage = tempfile.mkdtemp(prefix="chatforge-train-")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config, "run": run},
+        torch_config=TorchConfig(backend=backend(run.device)),
+        scaling_config=ScalingConfig(
+            num_workers=run.workers, use_gpu=run.device == "cuda", resources_per_worker={"CPU": cpus}
+        ),
+        # A name that Ray knows would resume that run's state silently: ours is in the run folder, so it gets a new one.
+        run_config=RunConfig(
+            name=Path(storage).name, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        log = run.folder / "worker-0.log"
+        raise RuntimeError(f"stage {run.stage} failed after {RESTARTS} restarts; see {log}\n{_cause(error)}") from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker executes."""
+    config, run = arguments["config"], arguments["run"]
+    os.environ.update(ENVIRONMENT)
+    _log_to(run.folder / f"worker-{run.rank}.log")
+    stage = importlib.import_module(f"training.{run.stage}")
+    try:
+        stage.run(config, run)
+    except (StageError, ConfigError) as error:
+        # Not raised: no restart can mend it.
+        if run.rank == 0:
+            write_atomic(_failure(run), json.dumps({"kind": type(error).__name__, "message": str(error)}))
+
+
+def _log_to(path: Path) -> None:
+    """Everything this process prints, native libraries included, goes on in the run folder."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _failure(run: Run) -> Path:
+    return run.folder / "failure.json"
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,222 @@
+"""Pretraining: a GPT-2 or Llama-style decoder learns the next token of packed text (Radford et al. 2019; Touvron 2023).
+
+Read downwards: data, model, schedule, loop, validation, export. Leaves out: mixture of experts, sequence and tensor
+parallelism, streaming data that does not fit on a disk.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training import zero
+from training.config import PretrainConfig
+from training.data.text import PackedTokens, order, tokenize_to_shards
+from training.run import Run, StageError
+
+VAL_WINDOWS = 64  # of the held-out split, for the validations along the way; the last one reads all of it
+
+
+def run(config: PretrainConfig, run: Run) -> None:
+    """Text to a causal LM. Raises StageError for text too short to train on, and for a loss that is not a number."""
+    zero.init_distributed(run.device)
+    zero.seed_everything(run.seed)
+    tokenizer = AutoTokenizer.from_pretrained(run.of("tokenizer").model)
+    train, val = _data(config, run, tokenizer)
+
+    model = build_model(config, tokenizer)
+    optimizer = torch.optim.AdamW(
+        zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config))
+    engine = zero.initialize(model, config, run, optimizer, scheduler)
+    start = _resume(engine, run)
+
+    for step in range(start, config.steps):
+        began = time.perf_counter()
+        loss = _train_step(engine, config, run, train, step)
+        if not math.isfinite(loss):
+            raise StageError(f"pretrain: the loss at step {step} is {loss}: lower learning_rate={config.learning_rate}")
+        taken = step + 1
+        metrics = {
+            "loss": loss,
+            "learning_rate": float(scheduler.get_last_lr()[0]),
+            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            "tokens_per_second": config.batch_tokens / (time.perf_counter() - began),
+        }
+        if taken % config.eval_every == 0 or taken == config.steps:
+            windows = len(val) if taken == config.steps else VAL_WINDOWS
+            metrics["val_bits_per_byte"] = bits_per_byte(engine, val, config.micro_batch_size, run, windows)
+        run.log(taken, config.steps, **metrics)
+        if taken % config.checkpoint_every == 0 and taken < config.steps:
+            zero.save_checkpoint(run, taken, lambda folder: engine.save_checkpoint(str(folder), tag="deepspeed"))
+    zero.export(engine, run, tokenizer, kind="causal-lm")
+
+
+# ---- data
+
+
+def _data(config: PretrainConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedTokens, PackedTokens]:
+    """The memory-mapped training and held-out tokens; rank 0 writes them where they are not there yet."""
+    if run.rank == 0:
+        tokenize_to_shards(config.text, tokenizer, run)
+    zero.barrier()
+    shards = run.folder / "shards"
+    return PackedTokens(shards, "train", config.seq_len), PackedTokens(shards, "val", config.seq_len)
+
+
+# ---- model
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A fresh model, its embeddings padded to a multiple of 64 rows; initialised from torch's current seed."""
+    import deepspeed
+
+    shape = model_config(config, padded_vocab(len(tokenizer)))
+    shape.bos_token_id, shape.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    shape.pad_token_id = tokenizer.pad_token_id
+    model_class = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.architecture]
+    # Under ZeRO-3 no single worker ever holds the whole model.
+    with deepspeed.zero.Init(enabled=config.zero_stage == 3, dtype=torch.float32):
+        model = model_class(shape)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id],  # the next document's start ends this one
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def model_config(config: PretrainConfig, vocab_size: int) -> GPT2Config | LlamaConfig:
+    """The transformers config of a recipe's architecture."""
+    if config.architecture == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=config.seq_len,
+            n_embd=config.hidden_size,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            use_cache=False,
+        )
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=config.seq_len,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads or config.num_heads,
+        attention_dropout=config.dropout,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+
+
+def padded_vocab(size: int) -> int:
+    return math.ceil(size / 64) * 64
+
+
+# ---- schedule
+
+
+def schedule(config: PretrainConfig) -> Callable[[int], float]:
+    """Learning-rate multiplier at optimiser step 0, 1, ...: linear warm-up, then cosine or warm-up-stable-decay."""
+    warmup = math.ceil(config.warmup_ratio * config.steps)
+    shape = {"cosine": cosine, "wsd": wsd}[config.schedule]
+
+    def multiplier(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, config.steps - warmup)
+        return shape(min(progress, 1.0), config)
+
+    return multiplier
+
+
+def cosine(progress: float, config: PretrainConfig) -> float:
+    """From 1 at progress 0 to min_lr_ratio at 1 (Loshchilov & Hutter 2017, eq. 5)."""
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd(progress: float, config: PretrainConfig) -> float:
+    """1 until the last decay_ratio of the steps, then linear to min_lr_ratio (Hu et al. 2024, MiniCPM, section 4)."""
+    if not config.decay_ratio:
+        return 1.0
+    left = min(1.0, (1 - progress) / config.decay_ratio)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+
+
+# ---- loop
+
+
+def _train_step(engine: Any, config: PretrainConfig, run: Run, data: PackedTokens, step: int) -> float:
+    """One optimiser step on batch_size windows over all workers; returns their mean loss (nats per token)."""
+    mine = worker_share(order(step, config.batch_size, len(data), run.seed).tolist(), run)
+    losses = []
+    for first in range(0, len(mine), config.micro_batch_size):
+        batch = data.batch(mine[first : first + config.micro_batch_size])
+        loss = engine(**_to(batch, engine.device), use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return zero.mean_over_workers(torch.stack(losses).mean().item())
+
+
+def worker_share(indices: list[int], run: Run) -> list[int]:
+    """This worker's part of one global batch: the same batch however many workers share it."""
+    share = len(indices) // run.workers
+    return indices[run.rank * share : (run.rank + 1) * share]
+
+
+def _resume(engine: Any, run: Run) -> int:
+    """Loads the newest checkpoint and returns the step to go on from."""
+    latest = run.latest_checkpoint()
+    if latest is None:
+        run.rewind(0)
+        return 0
+    step, folder = latest
+    engine.load_checkpoint(str(folder), tag="deepspeed")
+    zero.restore_random_state(run, folder)
+    run.rewind(step)
+    return step
+
+
+# ---- validation
+
+
+@torch.no_grad()
+def bits_per_byte(engine: Any, data: PackedTokens, batch_size: int, run: Run, windows: int) -> float:
+    """Held-out loss per byte of text, comparable between tokenizers: nats per token / ln 2 × tokens per byte."""
+    engine.eval()
+    chosen = range(run.rank, min(windows, len(data)), run.workers)
+    nats = tokens = 0.0
+    # The same number of passes on every worker, for those that gather parameters together.
+    passes = math.ceil(min(windows, len(data)) / run.workers / batch_size)
+    for i in range(passes):
+        indices = list(chosen[i * batch_size : (i + 1) * batch_size])
+        batch = _to(data.batch(indices or [0]), engine.device)
+        count = batch["labels"][:, 1:].ne(-100).sum().item() if indices else 0
+        nats += engine(**batch, use_cache=False).loss.item() * count
+        tokens += count
+    engine.train()
+    nats, tokens = zero.sum_over_workers([nats, tokens])
+    return nats / tokens / math.log(2) * data.side.tokens / data.side.bytes
+
+
+def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: a causal LM learns to answer in chats (Ouyang et al. 2022, step 1), through TRL's SFTTrainer.
+
+The loss is on the assistant's tokens alone, its turn end among them. Leaves out: packing (chats here are short; padding
+is trimmed per batch), tools, images.
+"""
+
+from collections.abc import Sequence
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig as TRLSFTConfig
+from trl import SFTTrainer
+
+from training import zero
+from training.config import SFTConfig
+from training.data.chats import Chat, read_chats
+from training.data.split import split
+from training.run import Run, StageError
+from training.trainer import fit, peft_config, trainer_arguments
+
+
+def run(config: SFTConfig, run: Run) -> None:
+    """Chats to a causal LM that ends its turn. Raises StageError where no chat fits `max_length`."""
+    zero.init_distributed(run.device)
+    zero.seed_everything(run.seed)
+    start = config.model or str(run.of("pretrain").model)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    chats, counts = read_chats(config.chats)
+    training, held_out = split(chats, run.seed, run.val_fraction)
+    print(f"chats: {counts}; {len(training)} to learn from, {len(held_out)} held out", flush=True)
+    arguments = TRLSFTConfig(
+        **trainer_arguments(config, run, config.num_train_epochs),
+        max_length=None,  # tokenize() has cut whole turns already
+        eval_strategy="epoch" if held_out else "no",
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(start, dtype="float32", use_safetensors=True),
+        args=arguments,
+        train_dataset=tokenize(training, tokenizer, config.max_length),
+        eval_dataset=tokenize(held_out, tokenizer, config.max_length) if held_out else None,
+        processing_class=tokenizer,
+        peft_config=peft_config(config.lora, "CAUSAL_LM"),
+    )
+    fit(trainer, run)
+    zero.export(trainer.model_wrapped, run, tokenizer, kind="causal-lm")
+
+
+def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`input_ids` and `assistant_masks` of every chat, which loses whole exchanges from its end until it fits.
+
+    Raises StageError where nothing fits.
+    """
+    rows = [row for row in (_fitted(chat, tokenizer, max_length) for chat in chats) if row]
+    if not rows:
+        raise StageError(f"sft.max_length={max_length}: none of {len(chats)} chats fits; raise it or shorten the chats")
+    return Dataset.from_list(rows)
+
+
+def _fitted(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]] | None:
+    messages = list(chat.messages)
+    while messages:
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if len(encoded["input_ids"]) <= max_length:
+            return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
+        messages.pop()
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+    return None

@@ -1,0 +1,101 @@
+"""What our TRL trainers share: arguments that run them on DeepSpeed, metrics, atomic checkpoints, resume."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from deepspeed import DeepSpeedEngine
+from peft import LoraConfig as PeftLoraConfig
+from transformers import Trainer, TrainerCallback
+
+from training import zero
+from training.config import LoraConfig, TrainingConfig
+from training.device import backend
+from training.run import Run
+
+
+def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float) -> dict[str, Any]:
+    """Arguments with which a transformers trainer runs on DeepSpeed here, and nowhere silently without it.
+
+    On CPU, `use_cpu=True` would give plain DDP without a word; a PartialState made beforehand gives DeepSpeed.
+    """
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend=backend(run.device))
+    return {
+        "output_dir": str(run.checkpoints),
+        "num_train_epochs": num_train_epochs,
+        "per_device_train_batch_size": config.micro_batch_size,
+        "per_device_eval_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(run.workers),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup_ratio,  # below 1: a part of all steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": False,  # DeepSpeed's torch_autocast does it
+        "gradient_checkpointing": False,
+        "deepspeed": zero.deepspeed_config(config, run.workers),
+        "accelerator_config": {"use_configured_state": True},
+        "dataloader_pin_memory": run.device == "cuda",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "dataloader_drop_last": False,
+    }
+
+
+def peft_config(lora: LoraConfig | None, task_type: str, **extra: Any) -> PeftLoraConfig | None:
+    if lora is None:
+        return None
+    return PeftLoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type=task_type, **extra
+    )
+
+
+def fit(trainer: Trainer, run: Run) -> None:
+    """Train to the end, from the newest checkpoint where there is one."""
+    latest = run.latest_checkpoint()
+    run.rewind(latest[0] if latest else 0)
+    trainer.add_callback(_RunCallback(trainer, run))
+    trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)
+
+
+class _RunCallback(TrainerCallback):
+    """Carries the trainer's logs and checkpoints into the run folder."""
+
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        self._trainer = trainer
+        self._run = run
+        self._last: tuple[float, float] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert isinstance(self._trainer.model_wrapped, DeepSpeedEngine), "the trainer runs without DeepSpeed"
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        kept = {k: float(v) for k, v in logs.items() if k not in ("epoch", "num_tokens", "total_flos")}
+        rate = self._tokens_per_second(logs.get("num_tokens"))
+        if rate:
+            kept["tokens_per_second"] = rate
+        self._run.log(state.global_step, state.max_steps, **kept)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """transformers writes checkpoint-N in place; what it wrote whole becomes a checkpoint under our name."""
+        if state.global_step >= state.max_steps:
+            return
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        zero.adopt_checkpoint(self._run, state.global_step, written)
+
+    def _tokens_per_second(self, tokens: float | None) -> float | None:
+        now, before = time.perf_counter(), self._last
+        self._last = (now, tokens) if tokens is not None else None
+        return (tokens - before[1]) / (now - before[0]) if before and tokens is not None else None
