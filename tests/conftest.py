@@ -1,0 +1,106 @@
+"""The one tiny world: real text, a tokenizer learnt from it, two models with random weights, and small data files."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """Everything a test may need, read only; copy what you change."""
+
+    root: Path
+    corpus: Path  # txt, about 100 kB of English: documents separated by blank lines
+    tokenizer: Path  # a tokenizer folder, at most 512 tokens
+    llama: Path  # model folders: 2 layers, width 32, 256 positions, random weights, the tokenizer beside them
+    gpt2: Path
+    chats: Path  # jsonl: 96 chats of one or two exchanges, 8 of them labelled bad
+    rankings: Path  # jsonl: 48 rankings of 4 completions, some with ties; more friendly words rank higher
+    prompts: Path  # jsonl: 24 prompts
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    root = tmp_path_factory.mktemp("tiny_world")
+    world = TinyWorld(root, *(root / name for name in ("corpus.txt", "tokenizer", "llama", "gpt2")),
+                      *(root / f"{name}.jsonl" for name in ("chats", "rankings", "prompts")))  # fmt: skip
+    world.corpus.write_text("\n\n".join(_documents()), "utf-8")
+    _write_jsonl(world.chats, _chats())
+    _write_jsonl(world.rankings, _rankings())
+    _write_jsonl(world.prompts, [{"prompt": f"What is {thing}?"} for thing in _THINGS])
+    _build_models(world)
+    return world
+
+
+_THINGS = ["a cat", "a dog", "the sea", "a tree", "bread", "snow", "a song", "the moon", "a book", "rain", "a friend"]
+_THINGS += ["tea"]
+_THINGS += [f"{colour} paint" for colour in ("red", "blue", "green", "black", "white", "brown")]
+_THINGS += [f"a {size} house" for size in ("small", "big", "new", "old", "warm", "cold")]
+_REPLIES = ("It is {} indeed.", "You know {} well.", "I like to think of {}.", "{} is not for me.")
+_FRIENDLY = ("Go away.", "That is a question.", "Good question, I am glad.", "What a lovely, good, happy question!")
+
+
+def _documents() -> list[str]:
+    """Python's own help texts: English that every installation carries."""
+    from pydoc_data.topics import topics
+
+    pages = "\n\n".join(topics[name] for name in sorted(topics))
+    return [paragraph.strip("\n") for paragraph in pages[:100_000].split("\n\n") if paragraph.strip()]
+
+
+def _chats() -> list[dict[str, Any]]:
+    chats: list[dict[str, Any]] = []
+    for number, (thing, reply) in enumerate(itertools.product(_THINGS, _REPLIES)):
+        contents = [f"What is {thing}?", reply.format(thing), "Are you sure?", "Yes, I am sure."]
+        roles = ("user", "assistant") * 2
+        turns = 4 if number % 3 == 0 else 2
+        messages = [{"role": r, "content": c} for r, c in zip(roles[:turns], contents[:turns], strict=True)]
+        chats.append({"messages": messages} | ({"label": "bad"} if number % 12 == 11 else {}))
+    return chats
+
+
+def _rankings() -> list[dict[str, Any]]:
+    ranks = ([4, 3, 2, 1], [3, 3, 2, 1])
+    return [
+        {"prompt": f"{opening} {thing}?", "completions": list(_FRIENDLY), "ranking": ranks[number % 2]}
+        for number, (thing, opening) in enumerate(itertools.product(_THINGS, ("What is", "Do you like")))
+    ]
+
+
+def _write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+
+
+def _build_models(world: TinyWorld) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
+
+    from training.data.text import read_documents
+    from training.tokenizer import stop_ids, train_tokenizer
+
+    tokenizer = train_tokenizer((document.text for document in read_documents([str(world.corpus)])), 512)
+    tokenizer.save_pretrained(world.tokenizer)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Wide weights: logits of random models must differ clearly for greedy outputs to be comparable.
+    shared = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "use_cache": True, **ids}
+    configs = {
+        world.llama: LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, tie_word_embeddings=False, **shared,
+        ),
+        world.gpt2: GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared
+        ),
+    }  # fmt: skip
+    for folder, config in configs.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.generation_config = GenerationConfig(**(ids | {"eos_token_id": stop_ids(tokenizer)}))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        card = {"kind": "causal-lm", "run": "tiny", "stage": folder.name}
+        (folder / "chatforge.json").write_text(json.dumps(card) + "\n", "utf-8")

@@ -1,0 +1,241 @@
+"""Where data comes from: the source strings of every recipe list, and the rows behind them.
+
+    corpus/*.txt  chats.jsonl  data/**/*.parquet  pages.jsonl.gz     files and globs
+    hub:owner/name[/subset][:split]                                  a data set of the Hugging Face hub; split: train
+    sample:chitchat                                                  demo data out of an installed package (samples.py)
+
+Imports nothing heavy, so that a pipeline can check and fingerprint its sources before anything starts.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from training.run import StageError
+
+Parsed = TypeVar("Parsed")
+Fields = dict[str, Any]
+
+
+class DataError(StageError):
+    """Data that cannot be used; the message points to the source, and to the first bad record in it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a recipe's list, known to exist (hub: known to be well formed)."""
+
+    name: str  # as the recipe has it
+    kind: Literal["files", "hub", "sample"]
+    paths: tuple[Path, ...] = ()  # files only, sorted
+
+
+def resolve(sources: Sequence[str]) -> list[Source]:
+    """What each source string stands for; raises DataError naming the first that matches nothing."""
+    return [_resolve(name) for name in sources]
+
+
+def fingerprint(sources: Sequence[str]) -> dict[str, str]:
+    """Source -> what its content is: sha256 of files, revision of a hub data set, package version of a sample.
+
+    Manifests hold it, so a stage whose data changed is stale. Raises DataError as `resolve` does.
+    """
+    return {source.name: _content_id(source) for source in resolve(sources)}
+
+
+def read(sources: Sequence[str], parse: Callable[[Fields], Iterable[Parsed]]) -> Iterator[Parsed]:
+    """Every record of the sources in order, as `parse` makes it from the record's fields.
+
+    `parse` returns what one record holds (nothing, one or many) and raises ValueError where the record is wrong. All
+    records are looked at; then one DataError points to the first bad one and counts the rest.
+    """
+    first, bad = "", 0
+    for source in resolve(sources):
+        empty = True
+        for where, row in _rows(source):
+            empty = False
+            try:
+                parsed = list(parse(_fields(row)))
+            except ValueError as error:
+                first = first or f"{where}: {error}"
+                bad += 1
+                continue
+            yield from parsed
+        if empty:
+            raise DataError(f"{source.name}: holds no records")
+    if bad:
+        rest = f" (and {bad - 1} more bad record{'s' if bad > 2 else ''})" if bad > 1 else ""
+        raise DataError(first + rest)
+
+
+def record_key(fields: Fields, otherwise: str) -> str:
+    """What the split hashes: the record's own `id`, or a text that stands for it (see split.normalised)."""
+    given = fields.get("id")
+    if given is None:
+        return otherwise
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise ValueError(f"id: must be a text or a whole number, not {given!r}")
+    return str(given)
+
+
+def _resolve(name: str) -> Source:
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme == "hub":
+        _hub_parts(name)
+        return Source(name, "hub")
+    if colon and scheme == "sample":
+        import training.data.samples as samples
+
+        samples.check(rest)
+        return Source(name, "sample")
+    return Source(name, "files", _matching_files(name))
+
+
+def _matching_files(pattern: str) -> tuple[Path, ...]:
+    expanded = Path(pattern).expanduser()
+    if expanded.is_dir():
+        raise DataError(f"{pattern}: is a folder; name its files, as in {pattern.rstrip('/')}/*.jsonl")
+    literal = [str(expanded)] if expanded.is_file() else glob.glob(str(expanded), recursive=True)
+    paths = tuple(sorted(path for path in map(Path, literal) if path.is_file()))
+    if not paths:
+        raise DataError(f"{pattern}: matches no file (a source is a path, a glob, hub:OWNER/NAME or sample:NAME)")
+    for path in paths:
+        if _format(path) not in _READERS:
+            raise DataError(f"{path}: not a format that is read here; use {', '.join(_READERS)} (each also as .gz)")
+    return paths
+
+
+def _format(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
+def _hub_parts(name: str) -> tuple[str, str | None, str]:
+    """Repository, subset and split of `hub:owner/name[/subset][:split]`."""
+    location, _, split = name.removeprefix("hub:").partition(":")
+    parts = location.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise DataError(f"{name}: write it as hub:OWNER/NAME, hub:OWNER/NAME/SUBSET, either with :SPLIT")
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train"
+
+
+def _content_id(source: Source) -> str:
+    if source.kind == "sample":
+        import training.data.samples as samples
+
+        return samples.version(source.name.removeprefix("sample:"))
+    if source.kind == "hub":
+        return _hub_revision(source.name)
+    whole = hashlib.sha256()
+    for path in source.paths:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _hub_revision(name: str) -> str:
+    from huggingface_hub import HfApi
+
+    repository, _, _ = _hub_parts(name)
+    try:
+        return f"revision:{HfApi().dataset_info(repository).sha}"
+    except (OSError, ValueError) as error:  # HTTP and connection errors of huggingface_hub are OSErrors
+        raise DataError(f"{name}: the hub gives no such data set: {error}") from error
+
+
+def _rows(source: Source) -> Iterator[tuple[str, bytes | Fields]]:
+    """(where it stands, the row: its fields, or a line of JSON still to be read)."""
+    if source.kind == "sample":
+        import training.data.samples as samples
+
+        for number, row in enumerate(samples.read(source.name.removeprefix("sample:")), 1):
+            yield f"{source.name}:{number}", row
+    elif source.kind == "hub":
+        yield from _hub_rows(source.name)
+    else:
+        for path in source.paths:
+            yield from _READERS[_format(path)](path)
+
+
+def _fields(row: bytes | Fields) -> Fields:
+    if isinstance(row, dict):
+        return row
+    try:
+        fields = json.loads(row.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"a record is a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines without their ends; a byte order mark at the start is dropped."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: not a whole gzip file: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, bytes]]:
+    yield from ((f"{path}:{number}", line) for number, line in _lines(path) if line.strip())
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, Fields]]:
+    """One row a document; blank lines part them, a single newline stays inside."""
+    block: list[str] = []
+    start = 1
+    for number, line in _lines(path):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from None
+        if text.strip():
+            start = start if block else number
+            block.append(text)
+        elif block:
+            yield f"{path}:{start}", {"text": "\n".join(block)}
+            block = []
+    if block:
+        yield f"{path}:{start}", {"text": "\n".join(block)}
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Fields]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a parquet file: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, bytes | Fields]]]] = {
+    ".txt": _text_rows,
+    ".jsonl": _json_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Fields]]:
+    import datasets
+
+    repository, subset, split = _hub_parts(name)
+    try:
+        rows = datasets.load_dataset(repository, subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{name}: cannot be loaded from the hub: {error}") from error
+    yield from ((f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1))
