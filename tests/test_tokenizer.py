@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from training.config import TokenizerConfig
 from training.data.sources import DataError
 from training.run import Run
-from training.tokenizer import SPECIAL_TOKENS, run, stop_ids
+from training.tokenizer import SPECIAL_TOKENS, encode_completion, encode_prompt, run, stop_ids
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -77,11 +77,11 @@ def test_mask_holds_the_assistants_words_and_turn_end_alone(tokenizer):
 )
 @pytest.mark.parametrize("history", [CHAT[:2], CHAT[:4]])
 def test_prompt_tokens_are_a_prefix_of_prompt_and_completion(tokenizer, history, completion):
-    prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = encode_prompt(tokenizer, history)
     chat = [*history, {"role": "assistant", "content": completion}]
     whole = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
     assert whole[: len(prompt)] == prompt
-    assert whole[len(prompt) :] == [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id, *_newline(tokenizer)]
+    assert whole[len(prompt) :] == [*encode_completion(tokenizer, completion), *tokenizer("\n")["input_ids"]]
 
 
 def test_there_is_one_bos_however_a_chat_is_tokenized(tokenizer):
@@ -104,7 +104,3 @@ def test_folder_survives_a_round_trip(tokenizer, tmp_path: Path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.chat_template == tokenizer.chat_template
     assert again("Hello  there\n\nfriend")["input_ids"] == tokenizer("Hello  there\n\nfriend")["input_ids"]
-
-
-def _newline(tokenizer) -> list[int]:
-    return tokenizer("\n")["input_ids"]

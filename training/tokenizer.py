@@ -10,18 +10,19 @@ Leaves out: sampling from a corpus that is too large to count (list a part of it
 normalisation (bytes in, the same bytes out).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.config import TokenizerConfig
+from training.data.chats import Message
 from training.data.sources import DataError
 from training.data.split import held_out
 from training.data.text import Document, read_documents
 from training.run import Run, save_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS = "<|endoftext|>"  # starts a document
 TURN_START = "<|im_start|>"
@@ -103,3 +104,17 @@ def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """What generation_config.eos_token_id of every model of ours is: the end of a turn, and of a document."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[TURN_END], vocabulary[BOS]]
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """The tokens that the assistant's turn comes after: the rendered conversation and the header of a new turn.
+
+    With `encode_completion` the one place where training makes tokens of a conversation.
+    """
+    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    return list(rendered["input_ids"])
+
+
+def encode_completion(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """What the assistant produced: the tokens of its words, and of the end of its turn."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
