@@ -12,7 +12,7 @@ normalisation (bytes in, the same bytes out).
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.config import TokenizerConfig
 from training.data.chats import Message
@@ -111,7 +111,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
 
     With `encode_completion` the one place where training makes tokens of a conversation.
     """
-    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    rendered: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     return list(rendered["input_ids"])
 
 
