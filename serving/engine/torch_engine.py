@@ -1,0 +1,332 @@
+"""TorchEngine: continuous batching of a transformers model, in a thread of its own."""
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.engine import sampler
+from serving.engine.api import Chunk, Completion, EngineClosed, EngineStats, FinishReason, SamplingParams
+from serving.engine.decoder import make_decoder
+from serving.engine.detokenizer import Detokenizer
+from serving.engine.scheduler import Scheduler, Step
+from serving.engine.scheduler import Sequence as Tokens
+from serving.model_folder import context_length, eos_ids, load_causal_lm
+
+logger = logging.getLogger(__name__)
+
+CHUNK_TOKENS = 128  # of a prompt per step: what those who decode wait for a newcomer
+STEP_TOKENS = 256  # of all prompts per step
+
+Deliver = Callable[[Chunk | Exception], None]
+
+
+@dataclass(eq=False)
+class _Request:
+    """A sequence, its text so far, and where its chunks go."""
+
+    sequence: Tokens
+    text: Detokenizer
+    deliver: Deliver
+
+
+class TorchEngine:
+    """The `Engine` of serving.engine.api for any causal LM of transformers, on the device the model is on.
+
+    Greedy float32 output equals `transformers.generate` token by token. A seed's draws depend on the prompt and the
+    params alone: on a CPU the logits of a sequence are the same bits whatever runs beside it in bfloat16, and
+    equal to about 1e-6 in float32, where a draw changes only if it falls that close to the border of two tokens. On
+    other devices matrix products depend on the batch, and a seed fixes the draws only as far as these do.
+
+    Steps run one at a time, in a thread that the first `generate` starts, or in the caller's for `generate_all`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_num_seqs: int = 16,
+        max_waiting: int = 256,
+        max_model_len: int | None = None,
+    ) -> None:
+        """`max_model_len` bounds prompt plus completion, in tokens; by default it is what the model was made for.
+
+        Raises ValueError for sizes out of range.
+        """
+        self.max_model_len = _limit(max_model_len, context_length(model.config))
+        self.eos_ids = eos_ids(model, tokenizer)
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._scheduler = Scheduler(max_num_seqs, max_waiting, CHUNK_TOKENS, STEP_TOKENS)
+        self._decoder = make_decoder(model, max_num_seqs, self.max_model_len)
+        self._requests: dict[Tokens, _Request] = {}
+        self._prompt_tokens = self._generation_tokens = 0
+        self._changed = threading.Condition()  # guards everything above; notified when there is work
+        self._stepping = threading.Lock()  # one step at a time
+        self._thread: threading.Thread | None = None
+        self._draining = self._closed = False
+
+    @classmethod
+    def from_folder(cls, path: str | Path, dtype: torch.dtype | None = None, **dials: Any) -> "TorchEngine":
+        """An engine for a model folder or hub name; `dials` as the constructor's, `dtype` None as the folder has it.
+
+        Raises ValueError where the folder cannot be served.
+        """
+        model, tokenizer = load_causal_lm(path, dtype)
+        return cls(model, tokenizer, **dials)
+
+    def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
+        """As `Engine.generate`. Chunks that the caller was too slow to take come as one."""
+        self._check(prompt_ids, params)
+        return self._stream(prompt_ids, params, request_id)
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """One completion per prompt, in order, computed in the calling thread; any number of prompts may wait.
+
+        Raises ValueError where a prompt does not fit, before anything is computed.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts")
+        for prompt, wanted in zip(prompts, each, strict=True):
+            self._check(prompt, wanted)
+        outputs: list[list[Chunk | Exception]] = [[] for _ in prompts]
+        requests = [
+            self._submit(prompt, wanted, f"batch-{i}", outputs[i].append, bounded=False)
+            for i, (prompt, wanted) in enumerate(zip(prompts, each, strict=True))
+        ]
+        try:
+            while any(r.sequence in self._requests for r in requests):
+                self._step()
+        finally:
+            for request in requests:
+                self._cancel(request)
+        return [_completion(chunks) for chunks in outputs]
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            running = self._scheduler.running
+            used = sum(s.cached for s in running)
+            return EngineStats(
+                num_requests_running=len(running),
+                num_requests_waiting=len(self._scheduler.waiting),
+                kv_cache_usage_perc=used / (self._scheduler.max_num_seqs * self.max_model_len),
+                prompt_tokens=self._prompt_tokens,
+                generation_tokens=self._generation_tokens,
+            )
+
+    async def drain(self) -> None:
+        """Takes no new requests and returns when the running ones have ended."""
+        self._draining = True
+        while self._requests:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        """Ends every request with EngineClosed, and the thread."""
+        with self._changed:
+            self._draining = self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._fail(EngineClosed("the engine was closed"))
+
+    def update_weights(self) -> None:
+        """Reads the model's parameters again, after a training step has changed them.
+
+        Raises RuntimeError while requests are in flight, whose cached keys and values would be of two models.
+        """
+        with self._stepping:
+            if self._requests:
+                raise RuntimeError(
+                    f"update_weights() with {len(self._requests)} requests in flight; let them end first"
+                )
+            self._decoder.update_weights()
+
+    def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        wanted = len(prompt_ids) + params.max_new_tokens
+        if not prompt_ids:
+            raise ValueError("prompt_ids is empty; a prompt has at least one token")
+        if wanted > self.max_model_len:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens with max_new_tokens={params.max_new_tokens} needs {wanted} tokens, "
+                f"above the limit of {self.max_model_len}; shorten the prompt or ask for fewer tokens"
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
+            raise ValueError(f"prompt_ids has ids outside 0..{self.vocab_size - 1}")
+
+    async def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
+        mailbox = _Mailbox()
+        request = self._submit(prompt_ids, params, request_id, mailbox.put, bounded=True)
+        self._ensure_thread()
+        try:
+            finished = False
+            while not finished:
+                chunk = await mailbox.take()
+                finished = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            self._cancel(request)
+
+    def _submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, deliver: Deliver, bounded: bool
+    ) -> _Request:
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sequence = Tokens(request_id, list(prompt_ids), params, seed)
+        request = _Request(sequence, Detokenizer(self._decode, params.stop), deliver)
+        with self._changed:
+            if self._draining:
+                raise EngineClosed("the engine takes no new requests")
+            self._scheduler.add(sequence, bounded)
+            self._requests[sequence] = request
+            self._changed.notify_all()
+        return request
+
+    def _cancel(self, request: _Request) -> None:
+        """Gives up a request that has not ended; its slot is free for the next step."""
+        with self._changed:
+            if self._requests.pop(request.sequence, None):
+                request.sequence.cancelled = True
+                self._changed.notify_all()
+
+    def _ensure_thread(self) -> None:
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
+                if self._closed:
+                    return
+            try:
+                self._step()
+            except Exception as error:
+                logger.exception("a step failed; its requests end with this error")
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            failed, self._requests = list(self._requests.values()), {}
+            for request in failed:
+                request.sequence.cancelled = True
+        for request in failed:
+            request.deliver(error)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Schedule, compute, draw, deliver."""
+        with self._stepping:
+            with self._changed:
+                step = self._scheduler.schedule()
+            if not step.decoding and not step.chunks:
+                return
+            logits = self._decoder.logits(step)
+            drawn = self._draw(step, logits) if step.sampled else []
+            with self._changed:
+                outputs = self._advance(step, drawn)
+        for request, chunk in outputs:
+            request.deliver(chunk)
+
+    def _draw(self, step: Step, logits: torch.Tensor) -> list[tuple[int, float | None]]:
+        """The next token of each sampled sequence, with its logprob where wanted."""
+        sampled, logits = step.sampled, logits.float()
+        params = [s.params for s in sampled]
+        uniforms = [sampler.uniform(s.seed, s.num_new) for s in sampled]
+        tokens = sampler.next_tokens(logits, params, uniforms, [s.tokens for s in sampled])
+        wanting = [i for i, p in enumerate(params) if p.logprobs]
+        logprobs = sampler.token_logprobs(logits[wanting], tokens[wanting]).tolist() if wanting else []
+        by_row = dict(zip(wanting, logprobs, strict=True))
+        return [(token, by_row.get(i)) for i, token in enumerate(tokens.tolist())]
+
+    def _advance(self, step: Step, drawn: list[tuple[int, float | None]]) -> list[tuple[_Request, Chunk]]:
+        """Books what the step computed; returns what to deliver."""
+        for sequence in step.decoding:
+            sequence.cached = len(sequence.tokens)
+        for chunk in step.chunks:
+            chunk.sequence.cached = chunk.stop
+            self._prompt_tokens += chunk.stop - chunk.start
+        self._generation_tokens += len(drawn)
+        outputs = []
+        for sequence, (token, logprob) in zip(step.sampled, drawn, strict=True):
+            sequence.tokens.append(token)
+            if sequence in self._requests:  # not cancelled meanwhile
+                outputs.append((self._requests[sequence], self._chunk(self._requests[sequence], token, logprob)))
+        return outputs
+
+    def _chunk(self, request: _Request, token: int, logprob: float | None) -> Chunk:
+        sequence, text = request.sequence, ""
+        if token not in self.eos_ids:
+            text = request.text.push(token)
+        reason: FinishReason | None = None
+        if token in self.eos_ids or request.text.stopped:
+            reason = "stop"
+        elif sequence.num_new == sequence.params.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            text += request.text.flush()
+            self._scheduler.finish(sequence)
+            del self._requests[sequence]
+        return Chunk(text, (token,), sequence.seed, () if logprob is None else (logprob,), reason)
+
+
+def _limit(wanted: int | None, made_for: int | None) -> int:
+    limit = made_for if wanted is None else wanted
+    if limit is None:
+        raise ValueError("max_model_len is required: the model's config names no context length")
+    if limit < 2 or (made_for is not None and limit > made_for):
+        raise ValueError(f"max_model_len={limit} must be between 2 and the model's context of {made_for} tokens")
+    return limit
+
+
+class _Mailbox:
+    """Chunks from the engine's thread to one asyncio task."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready = asyncio.Event()
+        self._items: deque[Chunk | Exception] = deque()
+
+    def put(self, item: Chunk | Exception) -> None:
+        self._items.append(item)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def take(self) -> Chunk:
+        """All that has come, as one chunk; raises what the engine failed with."""
+        await self._ready.wait()
+        self._ready.clear()
+        items = [self._items.popleft() for _ in range(len(self._items))]
+        return _joined(items)
+
+
+def _joined(items: Iterable[Chunk | Exception]) -> Chunk:
+    chunks = []
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        chunks.append(item)
+    return Chunk(
+        text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids),
+        seed=chunks[0].seed,
+        logprobs=tuple(p for c in chunks for p in c.logprobs),
+        finish_reason=chunks[-1].finish_reason,
+    )
+
+
+def _completion(items: Iterable[Chunk | Exception]) -> Completion:
+    whole = _joined(items)
+    assert whole.finish_reason is not None
+    return Completion(whole.token_ids, whole.text, whole.logprobs, whole.finish_reason, whole.seed)

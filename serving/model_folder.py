@@ -1,0 +1,143 @@
+"""The model folder: what joins training to serving. A Hugging Face folder or hub name, opened safely."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+Json = dict[str, Any]
+
+_KINDS = ("causal-lm", "reward", "translation", "text-to-image")
+_SAMPLE_BYTES = 1 << 20  # of each end of a weights file, for the revision
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model folder says of itself; reading it loads no weights."""
+
+    kind: str  # one of causal-lm, reward, translation, text-to-image
+    revision: str  # changes with the folder's contents; for a hub name the hub's commit
+    context_length: int | None  # tokens; None where the kind has no such limit
+    manifest: Json = field(default_factory=dict)  # chatforge.json; empty for a folder made elsewhere
+
+
+def describe(path: str | Path) -> ModelInfo:
+    """Kind, revision and limits of a model folder or hub name. Raises ValueError where it is none."""
+    folder = Path(path)
+    manifest = _read_json(folder / "chatforge.json")
+    if (folder / "model_index.json").is_file():
+        return ModelInfo(manifest.get("kind", "text-to-image"), _revision(folder), None, manifest)
+    config = _config(path, allow_unsafe=False)
+    kind = manifest.get("kind") or _kind_of(config)
+    if kind not in _KINDS:
+        raise ValueError(f"{path}: kind={kind!r} is none of {', '.join(_KINDS)}")
+    revision = _revision(folder) if folder.is_dir() else str(config._commit_hash)
+    return ModelInfo(kind, revision, context_length(config), manifest)
+
+
+def load_causal_lm(
+    path: str | Path, dtype: torch.dtype | None = None, *, allow_unsafe: bool = False
+) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a folder or hub name; `dtype` None keeps the folder's own.
+
+    Raises ValueError where the folder is none or holds another kind of model, and where loading would run code that
+    comes with it (pickled weights, remote code), unless its owner trusts it: `allow_unsafe`.
+    """
+    folder = Path(path)
+    kind = _read_json(folder / "chatforge.json").get("kind", "causal-lm")
+    if kind != "causal-lm":
+        raise ValueError(f"{path}: holds a {kind} model; a causal-lm is needed here")
+    if folder.is_dir() and not allow_unsafe:
+        _refuse_pickle(folder)
+    config = _config(path, allow_unsafe)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=None if allow_unsafe else True,
+            trust_remote_code=allow_unsafe,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=allow_unsafe)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be loaded: {error}") from error
+    return model.eval(), tokenizer
+
+
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a completion: generation_config's, or the tokenizer's where it names none."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    if named is None:
+        named = tokenizer.eos_token_id
+    if named is None:
+        return frozenset()
+    return frozenset([named] if isinstance(named, int) else named)
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens, prompt and completion together, the model was made for; None where it names no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(limit := getattr(config, name, None), int) and limit > 0:
+            return limit
+    return None
+
+
+def _config(path: str | Path, allow_unsafe: bool) -> Any:
+    folder = Path(path)
+    if folder.is_absolute() and not folder.is_dir():
+        raise ValueError(f"{path}: no such model folder")
+    needs_code = [f for f in ("config.json", "tokenizer_config.json") if "auto_map" in _read_json(folder / f)]
+    if needs_code and not allow_unsafe:
+        raise ValueError(
+            f"{path}: {needs_code[0]} asks for remote code (auto_map), which would run with your rights; "
+            "if you trust its author, pass allow_unsafe=True"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=allow_unsafe)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: neither a model folder nor a hub name that can be loaded: {error}") from error
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{folder}: has only pickled weights ({pickled[0]}), which can run any code when loaded; convert them to "
+            "safetensors or, if you trust their author, pass allow_unsafe=True"
+        )
+    raise ValueError(f"{folder}: has no model.safetensors")
+
+
+def _kind_of(config: Any) -> str:
+    name = (config.architectures or [""])[0]
+    if "SequenceClassification" in name:
+        return "reward"
+    return "translation" if config.is_encoder_decoder else "causal-lm"
+
+
+def _revision(folder: Path) -> str:
+    """12 hex digits over the folder's JSON files and both ends of its weights: quick for any size."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}".encode())
+        with file.open("rb") as f:
+            digest.update(f.read(_SAMPLE_BYTES))
+            f.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(f.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:12]
+
+
+def _read_json(file: Path) -> Json:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON object: {error}") from None
