@@ -1,0 +1,84 @@
+"""The servicer of ChatService: one Serve deployment, whose replicas each hold every chat model of the server.
+
+`model` chooses among them inside the replica, so a token crosses two processes, replica and proxy, whatever the number
+of models. Models that should not share a process go into servers of their own.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from chatforge.v1.chat_pb2 import ChatRequest, ChatResponse, StreamChatRequest, StreamChatResponse
+from chatforge.v1.models_pb2 import Model
+from serving.engine.api import Chunk
+from services import convert
+from services.chat_model import ChatModel
+from services.config import ChatModelConfig
+from services.errors import answers, not_found
+from services.metrics import ChatMetrics, RequestTimes
+from services.stream import coalesced
+
+
+class ChatService:
+    """Answers conversations; its methods are the RPCs of chatforge.v1.ChatService."""
+
+    def __init__(self, models: dict[str, ChatModelConfig], device: str = "cpu") -> None:
+        """Loads every model. Raises ValueError where a folder cannot be served."""
+        self._models = {name: ChatModel(name, config, device) for name, config in models.items()}
+        self._metrics = {name: ChatMetrics(name) for name in models}
+        self._open_streams = 0
+
+    @answers(ChatResponse)
+    async def Chat(self, request: ChatRequest, grpc_context: Any, request_id: str) -> ChatResponse:
+        model = self._model(request.model)
+        prompt_ids, params = await model.prepare(request)
+        times = RequestTimes(self._metrics[model.name], len(prompt_ids))
+        chunks: list[Chunk] = []
+        async with aclosing(model.generate(prompt_ids, params, request_id)) as answer:  # type: ignore[type-var]
+            async for chunk in answer:
+                times.saw(chunk)
+                chunks.append(chunk)
+        return convert.chat_response(request_id, model.name, chunks, len(prompt_ids))
+
+    @answers(StreamChatResponse)
+    async def StreamChat(
+        self, request: StreamChatRequest, grpc_context: Any, request_id: str
+    ) -> AsyncIterator[StreamChatResponse]:
+        model = self._model(request.model)
+        prompt_ids, params = await model.prepare(request)
+        times = RequestTimes(self._metrics[model.name], len(prompt_ids))
+        completion_tokens = 0
+        self._open_streams += 1
+        try:
+            chunks = coalesced(model.generate(prompt_ids, params, request_id), lambda: self._open_streams)
+            async with aclosing(chunks) as answer:  # type: ignore[type-var]
+                async for chunk in answer:
+                    times.saw(chunk)
+                    completion_tokens += len(chunk.token_ids)
+                    if _worth_sending(chunk):
+                        usage = len(prompt_ids), completion_tokens
+                        yield convert.stream_chat_response(request_id, model.name, chunk, usage)
+        finally:
+            self._open_streams -= 1
+
+    def describe(self) -> list[Model]:
+        """Every model's card, for ModelService."""
+        return [model.proto() for model in self._models.values()]
+
+    def check_health(self) -> None:
+        """Serve calls this every few seconds; what it sees goes out as gauges."""
+        for name, model in self._models.items():
+            self._metrics[name].show(model.engine.stats())
+
+    def _model(self, name: str) -> ChatModel:
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            said = f"{name!r} is not served here" if name else "is empty, and there is more than one"
+            raise not_found("model", f"{said}; there are: {', '.join(sorted(self._models))}")
+        return self._models[name]
+
+
+def _worth_sending(chunk: Chunk) -> bool:
+    """A token that completes no character yet has nothing to tell."""
+    return bool(chunk.text or chunk.logprobs or chunk.finish_reason)

@@ -1,0 +1,118 @@
+"""Wire types to the engine's types and back: the only place where protos meet SamplingParams and Chunk."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from chatforge.v1 import chat_pb2, common_pb2, models_pb2
+from serving.engine.api import Chunk, SamplingParams
+from services.errors import invalid
+
+if TYPE_CHECKING:
+    from serving.model_folder import ModelInfo
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+
+_ROLES = {chat_pb2.ROLE_SYSTEM: "system", chat_pb2.ROLE_USER: "user", chat_pb2.ROLE_ASSISTANT: "assistant"}
+_REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
+_KNOBS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
+_KINDS = {
+    "causal-lm": models_pb2.MODEL_KIND_CAUSAL_LM,
+    "reward": models_pb2.MODEL_KIND_REWARD,
+    "translation": models_pb2.MODEL_KIND_TRANSLATION,
+    "text-to-image": models_pb2.MODEL_KIND_TEXT_TO_IMAGE,
+}
+
+ChatMessage = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take them
+
+
+def chat_messages(messages: Sequence[chat_pb2.Message]) -> list[ChatMessage]:
+    """Raises StatusError where the order of roles makes no conversation that a model can answer."""
+    for i, message in enumerate(messages):
+        if message.role not in _ROLES:
+            raise invalid(f"messages[{i}].role", "is not set; use ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT")
+        if message.role == chat_pb2.ROLE_SYSTEM and i > 0:
+            raise invalid(f"messages[{i}].role", "ROLE_SYSTEM can only be the first message")
+        if message.role != chat_pb2.ROLE_ASSISTANT and not message.content.strip():
+            raise invalid(f"messages[{i}].content", "is empty")
+    if not messages or messages[-1].role != chat_pb2.ROLE_USER:
+        raise invalid("messages", "the last message must be the user's (ROLE_USER)")
+    return [{"role": _ROLES[m.role], "content": m.content} for m in messages]
+
+
+def sampling_params(config: chat_pb2.GenerationConfig, defaults: SamplingParams) -> SamplingParams:
+    """`defaults` with what the request sets put over them. Raises StatusError naming the field and its range."""
+    changes: dict[str, Any] = {knob: getattr(config, knob) for knob in _KNOBS if config.HasField(knob)}
+    if config.stop:
+        changes["stop"] = _stop_strings(config.stop)
+    try:
+        return dataclasses.replace(defaults, **changes)
+    except ValueError as error:  # "temperature=-1.0 must be between 0 and 100"
+        name, _, rest = str(error).partition("=")
+        raise invalid(f"config.{name}", rest) from None
+
+
+def _stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise invalid("config.stop", f"has {len(stop)} strings, above the limit of {MAX_STOP_STRINGS}")
+    for i, text in enumerate(stop):
+        if not 0 < len(text) <= MAX_STOP_CHARACTERS:
+            raise invalid(f"config.stop[{i}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters, not {len(text)}")
+    return tuple(stop)
+
+
+def chat_response(request_id: str, model: str, chunks: Iterable[Chunk], prompt_tokens: int) -> chat_pb2.ChatResponse:
+    """A whole answer out of all of its chunks."""
+    whole = joined(chunks)
+    assert whole.finish_reason is not None
+    return chat_pb2.ChatResponse(
+        id=request_id,
+        model=model,
+        message=chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT, content=whole.text),
+        finish_reason=_REASONS[whole.finish_reason],
+        usage=common_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(whole.token_ids)),
+        seed=whole.seed,
+        logprobs=_token_logprobs(whole),
+    )
+
+
+def stream_chat_response(
+    request_id: str, model: str, chunk: Chunk, usage: tuple[int, int]
+) -> chat_pb2.StreamChatResponse:
+    """One message of a stream; `usage` is (prompt, completion) tokens so far, told on the last message alone."""
+    message = chat_pb2.StreamChatResponse(id=request_id, model=model, delta=chunk.text, logprobs=_token_logprobs(chunk))
+    if chunk.finish_reason is not None:
+        message.finish_reason = _REASONS[chunk.finish_reason]
+        message.usage.prompt_tokens, message.usage.completion_tokens = usage
+        message.seed = chunk.seed
+    return message
+
+
+def joined(chunks: Iterable[Chunk]) -> Chunk:
+    """Successive chunks of one answer as one. At least one is needed."""
+    parts = list(chunks)
+    return Chunk(
+        text="".join(c.text for c in parts),
+        token_ids=tuple(t for c in parts for t in c.token_ids),
+        seed=parts[-1].seed,
+        logprobs=tuple(p for c in parts for p in c.logprobs),
+        finish_reason=parts[-1].finish_reason,
+    )
+
+
+def _token_logprobs(chunk: Chunk) -> list[common_pb2.TokenLogprob]:
+    pairs = zip(chunk.token_ids, chunk.logprobs, strict=False)  # logprobs are empty unless asked for
+    return [common_pb2.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in pairs]
+
+
+def model_proto(name: str, info: "ModelInfo", limits: dict[str, int]) -> models_pb2.Model:
+    """What a model folder says of itself; `limits` are the fields of ModelLimits. The state is the caller's to set."""
+    lineage = {key: str(info.manifest[key]) for key in ("run", "stage", "source") if info.manifest.get(key)}
+    return models_pb2.Model(
+        name=name,
+        kind=_KINDS[info.kind],
+        revision=info.revision,
+        limits=models_pb2.ModelLimits(**limits),
+        lineage=models_pb2.ModelLineage(**lineage),
+    )
