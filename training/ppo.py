@@ -1,0 +1,131 @@
+"""PPO: improve the SFT policy under the learned reward, near the policy it started from (Ouyang et al. 2022, 3.5).
+
+This file puts the parts together: the loop is in ppo_trainer, the mathematics in ppo_math, what is asked of models in
+ppo_models, sampling in ppo_rollout. Leaves out: pretraining gradients mixed in (PPO-ptx), an entropy bonus, a reward
+per token, early stopping inside the epochs of a rollout, sampling beside the update.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from serving.engine.api import SamplingParams
+from serving.engine.torch_engine import TorchEngine
+from training import zero
+from training.config import PPOConfig
+from training.data.prompts import read_prompts
+from training.data.split import split
+from training.ppo_math import warmed_up
+from training.ppo_models import RewardModel, Scorer, frozen_copy
+from training.ppo_rollout import Rollouts
+from training.ppo_trainer import PPOArguments, PPOModels, PPOTrainer, Reward, autocast_like, mini_batch
+from training.run import Run, StageError
+from training.tokenizer import encode_prompt
+from training.trainer import peft_config
+
+MAX_NUM_SEQS = 64  # sampled at a time; more gain little, and each holds a whole completion's keys and values
+
+
+def run(config: PPOConfig, run: Run) -> None:
+    """The SFT policy and prompts to a better causal LM.
+
+    Raises ConfigError where the batch does not divide, StageError where no prompt fits, and where KL or length run away
+    or a loss is not a number.
+    """
+    trainer = build(config, run)
+    trainer.train()
+    trainer.export()
+
+
+def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrainer:
+    """The trainer with all its parts; with another `reward`, the reward model is what the critic starts from."""
+    zero.init_distributed(run.device)
+    zero.seed_everything(run.seed)
+    start = config.model or str(run.of("sft").model)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    policy = load(AutoModelForCausalLM, start)
+    prompts = encode_prompts(config, run, tokenizer, policy.config.max_position_embeddings)
+    copy = frozen_copy(policy) if config.lora or config.zero_stage == 3 else None
+    models = build_models(config, run, policy, reward)
+    sampled = models.policy.module if copy is None else copy.to(models.policy.device)
+    engine = TorchEngine(
+        sampled,
+        tokenizer,
+        max_num_seqs=min(MAX_NUM_SEQS, config.batch_size // run.workers),
+        max_model_len=max(map(len, prompts)) + config.response_length,
+    )
+    params = SamplingParams(max_new_tokens=config.response_length, temperature=config.temperature)
+    rollouts = Rollouts(models.policy.module, sampled, engine, params)
+    return PPOTrainer(PPOArguments.of(config, run), run, models, rollouts, prompts, tokenizer)
+
+
+def build_models(config: PPOConfig, run: Run, policy: PreTrainedModel, reward: Reward | None) -> PPOModels:
+    """Policy and critic on DeepSpeed engines, the frozen ones beside them."""
+    step = mini_batch(config, run.workers)
+    reward_model = config.reward_model or str(run.of("reward").model)
+    reference = None if config.lora else frozen_copy(policy)
+    critic = load_scorer(reward_model)
+    if config.lora:
+        policy = get_peft_model(policy, peft_config(config.lora, "CAUSAL_LM"))
+        adapted = get_peft_model(critic.model, peft_config(config.lora, "SEQ_CLS", modules_to_save=["score"]))
+        critic.model = adapted.get_base_model()
+    actor = on_deepspeed(policy, step, run, config.learning_rate)
+    if reward is None:
+        autocast = partial(autocast_like, actor)
+        reward = RewardModel(load_scorer(reward_model).to(actor.device), step.micro_batch_size, autocast)
+    return PPOModels(
+        policy=actor,
+        critic=on_deepspeed(critic, step, run, config.critic_learning_rate),
+        reference=reference and reference.to(actor.device),
+        reward=reward,
+    )
+
+
+def on_deepspeed(model: nn.Module, config: PPOConfig, run: Run, learning_rate: float) -> Any:
+    """The model on an engine of its own, with AdamW and a warm-up to a constant rate (Ouyang et al. 2022, C.4).
+
+    `config` is that of a mini-batch, so what it counts as rollouts are mini-batches.
+    """
+    groups = zero.parameter_groups(model, config.weight_decay)
+    # eps as in Huang et al. 2024: gradients of a policy near its optimum are small, and should stay so.
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5)
+    steps = config.num_rollouts * config.num_ppo_epochs
+    warmup = math.ceil(config.warmup_ratio * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmed_up, warmup_steps=warmup))
+    return zero.initialize(model, config, run, optimizer, schedule)
+
+
+def load(auto: Any, folder: str, **options: Any) -> PreTrainedModel:
+    return auto.from_pretrained(folder, dtype="float32", use_safetensors=True, **options)
+
+
+def load_scorer(folder: str) -> Scorer:
+    """The reward model, normalised by the mean and deviation that its folder stores (0 and 1 where it has none)."""
+    card = Path(folder) / "chatforge.json"
+    about = json.loads(card.read_text("utf-8")) if card.exists() else {}
+    model = load(AutoModelForSequenceClassification, folder, num_labels=1)
+    return Scorer(model, about.get("reward_mean", 0.0), about.get("reward_std") or 1.0)
+
+
+def encode_prompts(config: PPOConfig, run: Run, tokenizer: Any, context: int) -> list[list[int]]:
+    """Token ids of the training side's prompts that leave room for a completion; raises StageError where none does."""
+    records, _ = split(read_prompts(config.prompts), run.seed, run.val_fraction)
+    encoded = [encode_prompt(tokenizer, record.messages) for record in records]
+    room = context - config.response_length
+    kept = [ids for ids in encoded if len(ids) <= room]
+    print(
+        f"prompts: {len(kept)} to learn from, {len(encoded) - len(kept)} longer than {room} tokens left out", flush=True
+    )
+    if not kept:
+        raise StageError(
+            f"ppo.prompts: none of {len(encoded)} leaves room for response_length={config.response_length} tokens in a "
+            f"context of {context}: give shorter prompts or lower response_length"
+        )
+    return kept
