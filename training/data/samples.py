@@ -143,7 +143,7 @@ _APOSTROPHES = """
 _SPELLINGS = {word.replace("'", ""): word for word in _APOSTROPHES.split()}
 _SPELLINGS |= {"i": "I", "im": "I'm", "ive": "I've", "u": "you", "ur": "your"}
 _GREETING = re.compile(r"(?:hi|hello|hey|howdy|good (?:morning|afternoon|evening))\b", re.IGNORECASE)
-_WORD = re.compile(r"[a-z']+", re.IGNORECASE)
+_MISSPELT = re.compile(rf"\b(?:{'|'.join(_SPELLINGS)})\b", re.IGNORECASE)
 _LAUGHTER = re.compile(r"\b(?:b?a?(?:ha){2,}h?|hah+a*|(?:he){2,}|lo+l+)\b", re.IGNORECASE)
 
 
@@ -156,7 +156,7 @@ def tidy(text: str) -> str:
     if not text or text.startswith("*") or "http" in text or "www." in text or not text.isascii():
         return ""
     text = _LAUGHTER.sub("haha", text)
-    text = _WORD.sub(lambda match: _SPELLINGS.get(match[0].lower(), match[0]), text)
+    text = _MISSPELT.sub(lambda match: _SPELLINGS[match[0].lower()], text)
     text = re.sub(r"([!?.])\1{2,}", r"\1", text)
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".!?)(:;,\"'" or not text[-1].isalnum() else text + "."
