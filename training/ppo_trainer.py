@@ -150,7 +150,7 @@ class PPOTrainer(_BaseTrainer):
         self.progress = PPOProgress(args.kl_coef)
         self.device = next(models.policy.module.parameters()).device
         self.batch_size = args.local_batch_size * run.workers
-        self.num_rollouts = max(1, args.total_episodes // self.batch_size)
+        self.num_rollouts = self.state.max_steps = max(1, args.total_episodes // self.batch_size)
         for engine in (models.policy, models.critic):
             engine.eval()  # dropout off, in the update too: ratios compare the same function
 
@@ -171,10 +171,10 @@ class PPOTrainer(_BaseTrainer):
                 self.log(metrics)
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
                 self.check(metrics)
-                if self.is_checkpoint(rollout) or self.control.should_training_stop:
-                    self.save_checkpoint(rollout)
                 if self.control.should_training_stop:
                     break
+                if self.is_checkpoint(rollout):
+                    self.save_checkpoint(rollout)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def step(self, rollout: int) -> dict[str, float]:
@@ -323,7 +323,7 @@ class PPOTrainer(_BaseTrainer):
 
     def is_checkpoint(self, rollout: int) -> bool:
         steps = self.args.num_ppo_epochs * self.args.num_mini_batches
-        return rollout % max(1, self.args.checkpoint_every // steps) == 0 and rollout < self.num_rollouts
+        return rollout % max(1, self.args.checkpoint_every // steps) == 0
 
     def save_checkpoint(self, rollout: int) -> None:
         """Policy, critic, both optimisers and schedules, KL controller; the rollout's number is the data position."""
