@@ -1,7 +1,8 @@
 """Pretraining: a GPT-2 or Llama-style decoder learns the next token of packed text (Radford et al. 2019; Touvron 2023).
 
 Read downwards: data, model, schedule, loop, validation, export. Leaves out: mixture of experts, sequence and tensor
-parallelism, streaming data that does not fit on a disk.
+parallelism, streaming data that does not fit on a disk, weights that do not fit into one worker's host memory before
+ZeRO-3 shards them.
 """
 
 import math
@@ -18,7 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from training import zero
@@ -68,7 +69,7 @@ def run(config: PretrainConfig, run: Run) -> None:
 # ---- data
 
 
-def _data(config: PretrainConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedTokens, PackedTokens]:
+def _data(config: PretrainConfig, run: Run, tokenizer: PreTrainedTokenizerFast) -> tuple[PackedTokens, PackedTokens]:
     """The memory-mapped training and held-out tokens; rank 0 writes them where they are not there yet."""
     if run.rank == 0:
         tokenize_to_shards(config.text, tokenizer, run)
@@ -80,17 +81,13 @@ def _data(config: PretrainConfig, run: Run, tokenizer: PreTrainedTokenizerBase) 
 # ---- model
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A fresh model, its embeddings padded to a multiple of 64 rows; initialised from torch's current seed."""
-    import deepspeed
-
     shape = model_config(config, padded_vocab(len(tokenizer)))
     shape.bos_token_id, shape.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     shape.pad_token_id = tokenizer.pad_token_id
     model_class = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.architecture]
-    # Under ZeRO-3 no single worker ever holds the whole model.
-    with deepspeed.zero.Init(enabled=config.zero_stage == 3, dtype=torch.float32):
-        model = model_class(shape)
+    model = model_class(shape)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id],  # the next document's start ends this one

@@ -4,6 +4,7 @@ TRL's trainer takes pairs. Ours gives it a whole ranking of K at once: K forward
 of a prompt in one batch, as the paper has it. Leaves out: margins, more than one reward.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,9 +61,10 @@ def run(config: RewardConfig, run: Run) -> None:
     step = trainer.state.max_steps
     about = {"reward_mean": flat.mean().item(), "reward_std": flat.std().item(), "accuracy": accuracy}
     run.log(step, step, **{f"val_{name}": value for name, value in about.items()})
-    if accuracy <= CHANCE:
+    pairs = sum(len(r) * (len(r) - 1) // 2 for r in (row["ranking"] for row in rows))
+    if accuracy <= CHANCE + 2 * math.sqrt(CHANCE * (1 - CHANCE) / pairs):
         raise StageError(
-            f"reward: {accuracy:.2f} of the held-out pairs are ordered right, which is chance: give more rankings "
+            f"reward: {accuracy:.2f} of {pairs} held-out pairs are ordered right, which may be chance: give more rankings "
             f"({len(training)} were learnt from), or raise num_train_epochs or learning_rate"
         )
     zero.export(trainer.model_wrapped, run, tokenizer, kind="reward", **about)
@@ -164,19 +166,12 @@ class RankingTrainer(RewardTrainer):
 
     @torch.no_grad()
     def score(self, completions: list[list[int]]) -> torch.Tensor:
-        """Rewards [K] of prompt-and-completion ids."""
-        batch = RankingCollator(self.processing_class.pad_token_id)(
-            [{"completions": completions, "ranking": [0] * len(completions)}]
-        )
-        device = self.model_wrapped.device
-        self.model_wrapped.eval()
-        return (
-            self.model_wrapped(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
-            )
-            .logits[:, 0]
-            .float()
-        )
+        """Rewards [K] of K prompt-and-completion ids."""
+        engine: Any = self.model_wrapped
+        engine.eval()
+        batch = self.data_collator([{"completions": completions, "ranking": [1] * len(completions)}])
+        inputs = {name: batch[name].to(engine.device) for name in ("input_ids", "attention_mask")}
+        return engine(**inputs).logits[:, 0].float().cpu()
 
 
 def _is_reward_model(start: str) -> bool:

@@ -142,6 +142,7 @@ def commit_folder(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         shutil.rmtree(old)
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.rename(path)
 
 

@@ -5,11 +5,13 @@ is trimmed per batch), tools, images.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig as TRLSFTConfig
 from trl import SFTTrainer
+from trl.chat_template_utils import get_training_chat_template
 
 from training import zero
 from training.config import SFTConfig
@@ -18,6 +20,8 @@ from training.data.split import split
 from training.run import Run, StageError
 from training.trainer import fit, peft_config, trainer_arguments
 
+VAL_CHATS = 256  # of the held-out ones, for the validation loss
+
 
 def run(config: SFTConfig, run: Run) -> None:
     """Chats to a causal LM that ends its turn. Raises StageError where no chat fits `max_length`."""
@@ -25,19 +29,23 @@ def run(config: SFTConfig, run: Run) -> None:
     zero.seed_everything(run.seed)
     start = config.model or str(run.of("pretrain").model)
     tokenizer = AutoTokenizer.from_pretrained(start)
+    training_template = get_training_chat_template(tokenizer)  # None where {% generation %} marks are there
     chats, counts = read_chats(config.chats)
     training, held_out = split(chats, run.seed, run.val_fraction)
     print(f"chats: {counts}; {len(training)} to learn from, {len(held_out)} held out", flush=True)
     arguments = TRLSFTConfig(
         **trainer_arguments(config, run, config.num_train_epochs),
         max_length=None,  # tokenize() has cut whole turns already
+        train_sampling_strategy="group_by_length",  # less padding
         eval_strategy="epoch" if held_out else "no",
     )
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(start, dtype="float32", use_safetensors=True),
         args=arguments,
-        train_dataset=tokenize(training, tokenizer, config.max_length),
-        eval_dataset=tokenize(held_out, tokenizer, config.max_length) if held_out else None,
+        train_dataset=tokenize(training, tokenizer, config.max_length, training_template),
+        eval_dataset=tokenize(held_out[:VAL_CHATS], tokenizer, config.max_length, training_template)
+        if held_out
+        else None,
         processing_class=tokenizer,
         peft_config=peft_config(config.lora, "CAUSAL_LM"),
     )
@@ -45,21 +53,28 @@ def run(config: SFTConfig, run: Run) -> None:
     zero.export(trainer.model_wrapped, run, tokenizer, kind="causal-lm")
 
 
-def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenize(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int, template: str | None = None
+) -> Dataset:
     """`input_ids` and `assistant_masks` of every chat, which loses whole exchanges from its end until it fits.
 
-    Raises StageError where nothing fits.
+    `template`: a chat template with {% generation %} marks, where the tokenizer's own has none. Raises StageError where
+    nothing fits.
     """
-    rows = [row for row in (_fitted(chat, tokenizer, max_length) for chat in chats) if row]
+    rows = [row for row in (_fitted(chat, tokenizer, max_length, template) for chat in chats) if row]
     if not rows:
         raise StageError(f"sft.max_length={max_length}: none of {len(chats)} chats fits; raise it or shorten the chats")
     return Dataset.from_list(rows)
 
 
-def _fitted(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]] | None:
+def _fitted(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str | None
+) -> dict[str, list[int]] | None:
     messages = list(chat.messages)
     while messages:
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )
         if len(encoded["input_ids"]) <= max_length:
             return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
         messages.pop()

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from deepspeed import DeepSpeedEngine
 from peft import LoraConfig as PeftLoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from training import zero
 from training.config import LoraConfig, TrainingConfig
@@ -22,9 +23,10 @@ def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float)
     On CPU, `use_cpu=True` would give plain DDP without a word; a PartialState made beforehand gives DeepSpeed.
     """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may run one stage after another
     PartialState(backend=backend(run.device))
     return {
-        "output_dir": str(run.checkpoints),
+        "output_dir": str(run.folder / "trainer"),  # where it writes what then becomes a checkpoint
         "num_train_epochs": num_train_epochs,
         "per_device_train_batch_size": config.micro_batch_size,
         "per_device_eval_batch_size": config.micro_batch_size,
@@ -48,7 +50,6 @@ def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float)
         "disable_tqdm": True,
         "seed": run.seed,
         "data_seed": run.seed,
-        "dataloader_drop_last": False,
     }
 
 
@@ -64,6 +65,7 @@ def fit(trainer: Trainer, run: Run) -> None:
     """Train to the end, from the newest checkpoint where there is one."""
     latest = run.latest_checkpoint()
     run.rewind(latest[0] if latest else 0)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_RunCallback(trainer, run))
     trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)
 
@@ -80,6 +82,8 @@ class _RunCallback(TrainerCallback):
         assert isinstance(self._trainer.model_wrapped, DeepSpeedEngine), "the trainer runs without DeepSpeed"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "eval_loss" in logs:
+            self._run.log(state.global_step, state.max_steps, val_loss=float(logs["eval_loss"]))
         if not logs or "loss" not in logs:
             return
         kept = {k: float(v) for k, v in logs.items() if k not in ("epoch", "num_tokens", "total_flos")}

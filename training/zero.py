@@ -68,7 +68,8 @@ def deepspeed_config(config: TrainingConfig, workers: int) -> dict[str, Any]:
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: decay for matrices that multiply; none for norms, biases and embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             matrix = getattr(parameter, "ds_shape", parameter.shape)
@@ -133,7 +134,7 @@ def adopt_checkpoint(run: Run, step: int, written: Path) -> None:
     if run.rank == 0:
         final = run.checkpoint_path(step)
         commit_folder(written, final)
-        for other in run.checkpoints.iterdir():
+        for other in run.checkpoints.glob("step-*"):
             if other != final:
                 shutil.rmtree(other)
     barrier()

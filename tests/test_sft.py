@@ -1,0 +1,95 @@
+"""Supervised fine-tuning in one process, on a real DeepSpeedEngine."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import sft, zero
+from training.config import SFTConfig
+from training.data.chats import Chat, read_chats
+from training.run import Run, StageError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def distributed():
+    zero.init_distributed("cpu")
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_world):
+    def make(name="r", **changes):
+        run = Run(tmp_path / name, "sft", seed=3, val_fraction=0.1)
+        run.folder.mkdir(parents=True)
+        settings = {"model": str(tiny_world.llama), "chats": [str(tiny_world.chats)], "batch_size": 16}
+        settings |= {"micro_batch_size": 16, "num_train_epochs": 2.0, "learning_rate": 1e-2, "checkpoint_every": 3}
+        return SFTConfig(**{**settings, "dtype": "fp32", **changes}), run
+
+    return make
+
+
+def losses(run):
+    return [line["loss"] for line in run.metrics() if "loss" in line]
+
+
+def test_it_learns_on_deepspeed_and_leaves_a_model_folder(make_run):
+    config, run = make_run(dtype="bf16")
+    sft.run(config, run)  # the callback asserts the DeepSpeedEngine
+    assert losses(run)[-1] < losses(run)[0] - 0.5
+    assert "val_loss" in run.final_metrics()
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    assert tokenizer.chat_template and tokenizer.eos_token_id in model.generation_config.eos_token_id
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, monkeypatch):
+    config, undisturbed = make_run("undisturbed")
+    sft.run(config, undisturbed)
+    _, stopped = make_run("stopped")
+    log = Run.log
+
+    def die_at_5(self, step, total, **metrics):
+        log(self, step, total, **metrics)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", die_at_5)
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(config, stopped)
+    monkeypatch.setattr(Run, "log", log)
+    assert stopped.latest_checkpoint()[0] == 3
+    sft.run(config, stopped)
+    assert losses(stopped) == losses(undisturbed)
+
+
+def test_lora_is_merged_in_the_export(make_run, tiny_world):
+    config, run = make_run(lora={"r": 4, "alpha": 8})
+    sft.run(config, run)
+    assert not (run.model / "adapter_config.json").exists()
+    before = AutoModelForCausalLM.from_pretrained(tiny_world.llama).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run.model).state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in moved)
+    assert not any("embed" in name or "norm" in name for name in moved)
+
+
+def test_only_the_assistants_tokens_teach_and_its_turn_end_among_them(tiny_world):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+    chat = Chat([{"role": "user", "content": "What is tea?"}, {"role": "assistant", "content": "It is tea."}], key="k")
+    (row,) = sft.tokenize([chat], tokenizer, 256)
+    taught = [i for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(taught) == "It is tea.<|im_end|>"
+
+
+def test_a_long_chat_loses_whole_exchanges(tiny_world):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+    chats = [chat for chat in read_chats([str(tiny_world.chats)])[0] if len(chat.messages) == 4]
+    (short,) = sft.tokenize([Chat(chats[0].messages[:2], key="k")], tokenizer, 256)
+    (cut,) = sft.tokenize(chats[:1], tokenizer, len(short["input_ids"]) + 3)
+    assert cut == short
+
+
+def test_chats_that_do_not_fit_are_refused(tiny_world):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+    with pytest.raises(StageError, match=r"max_length=4: none of \d+ chats fits"):
+        sft.tokenize(read_chats([str(tiny_world.chats)])[0], tokenizer, 4)
