@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from serving.engine.api import Completion
 from training import evaluate
@@ -47,7 +47,7 @@ def run(tiny_world, tmp_path_factory) -> Run:  # type: ignore[no-untyped-def]
         shutil.copytree(tiny_world.llama, root / stage / "model")
     _move(run.of("ppo").model)
     _reward(run.of("reward").model)
-    tokenizer = evaluate.AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_world.tokenizer)
     tokenize_to_shards([str(tiny_world.corpus)], tokenizer, run.of("pretrain"))
     return run
 
