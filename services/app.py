@@ -35,7 +35,7 @@ def applications(config: ServerConfig) -> dict[str, Any]:
     from services.models import ModelService
 
     bounds = sum(m.max_num_seqs + m.max_waiting for m in config.chat.values())
-    chat = serve.deployment(ChatService).options(
+    chat = serve.deployment(
         num_replicas=config.replicas,
         max_ongoing_requests=bounds + _SPARE_REQUESTS,  # Serve's default of 5 would starve the engine's batches
         max_queued_requests=_SPARE_REQUESTS,
@@ -43,13 +43,13 @@ def applications(config: ServerConfig) -> dict[str, Any]:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         max_constructor_retry_count=1,  # a folder that cannot be served now cannot be served a minute later
-    )
-    models = serve.deployment(ModelService).options(
+    )(ChatService)
+    models = serve.deployment(
         max_ongoing_requests=100,
         max_queued_requests=100,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=1,
-    )
+    )(ModelService)
     device = "cuda" if config.gpus_per_replica else "cpu"
     return {"chat": chat.bind(config.chat, device), "models": models.bind({"chat": sorted(config.chat)})}
 
@@ -92,18 +92,18 @@ def running(config: ServerConfig) -> Iterator[str]:
 def _start_ray(config: ServerConfig, scratch: str) -> None:
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     ray.init(
         address="local",
         include_dashboard=False,
         object_store_memory=config.object_store_mb << 20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
         _node_ip_address=HOST,
         _temp_dir=scratch,
         _metrics_export_port=config.metrics_port,
-        **quiet,
     )
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from chatforge.v1.chat_pb2 import ChatRequest, ChatResponse, StreamChatRequest, StreamChatResponse
 from chatforge.v1.models_pb2 import Model
-from serving.engine.api import Chunk
 from services import convert
 from services.chat_model import ChatModel
 from services.config import ChatModelConfig
 from services.errors import answers, not_found
 from services.metrics import ChatMetrics, RequestTimes
 from services.stream import coalesced
+from serving.engine.api import Chunk
 
 
 class ChatService:

@@ -11,12 +11,14 @@ import torch
 from jinja2 import TemplateError
 
 from chatforge.v1 import chat_pb2, models_pb2
-from serving.engine.api import Chunk, SamplingParams
-from serving.engine.torch_engine import TorchEngine
-from serving.model_folder import describe, load_causal_lm
 from services import convert
 from services.config import ChatModelConfig
 from services.errors import invalid
+from serving.engine.api import Chunk, SamplingParams
+from serving.engine.torch_engine import TorchEngine
+from serving.model_folder import describe, load_causal_lm
+
+Request = chat_pb2.ChatRequest | chat_pb2.StreamChatRequest  # of the same fields
 
 _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _DEFAULT_NEW_TOKENS = 256
@@ -51,7 +53,7 @@ class ChatModel:
         }
         return convert.model_proto(self.name, self.info, limits)
 
-    async def prepare(self, request: chat_pb2.ChatRequest) -> tuple[list[int], SamplingParams]:
+    async def prepare(self, request: Request) -> tuple[list[int], SamplingParams]:
         """The prompt's tokens and how to answer it.
 
         Raises StatusError where the request is outside of the limits, cheap checks first.
@@ -65,7 +67,7 @@ class ChatModel:
     def generate(self, prompt_ids: list[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
         return self.engine.generate(prompt_ids, params, request_id)
 
-    def _check_size(self, request: chat_pb2.ChatRequest) -> None:
+    def _check_size(self, request: Request) -> None:
         limits = self.config
         if not request.messages:
             raise invalid("messages", "is empty; send at least one message")

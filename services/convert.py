@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatforge.v1 import chat_pb2, common_pb2, models_pb2
-from serving.engine.api import Chunk, SamplingParams
 from services.errors import invalid
+from serving.engine.api import Chunk, SamplingParams
 
 if TYPE_CHECKING:
     from serving.model_folder import ModelInfo

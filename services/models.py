@@ -1,6 +1,7 @@
 """The servicer of ModelService: which models there are, what they are, and whether they answer now."""
 
 import asyncio
+import operator
 from typing import Any
 
 from ray import serve
@@ -38,7 +39,7 @@ class ModelService:
     @answers(ListModelsResponse)
     async def ListModels(self, request: ListModelsRequest, grpc_context: Any, request_id: str) -> ListModelsResponse:
         found = [model for application in self._models for model in await self._of(application)]
-        return ListModelsResponse(models=sorted(found, key=lambda m: m.name))
+        return ListModelsResponse(models=sorted(found, key=operator.attrgetter("name")))
 
     @answers(GetModelResponse)
     async def GetModel(self, request: GetModelRequest, grpc_context: Any, request_id: str) -> GetModelResponse:

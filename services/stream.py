@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 
-from serving.engine.api import Chunk
 from services.convert import joined
+from serving.engine.api import Chunk
 
 MESSAGES_PER_SECOND = 1_900
 

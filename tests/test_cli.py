@@ -1,0 +1,94 @@
+"""The command line, frozen: a new command or flag is a decision, made here."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from services_world import environment, run_command
+
+from services.cli import app
+
+COMMANDS = {
+    "demo": "",
+    "train": "recipe --stage --set --workers --run",
+    "plan": "recipe --set --workers --run",
+    "runs": "name",
+    "report": "run",
+    "rank": "run",
+    "evaluate": "model data",
+    "import": "file out",
+    "serve": "config --chat --port",
+    "chat": "text --server --model --system --max-new-tokens --temperature --top-p --seed",
+    "models": "--server",
+    "health": "--server",
+    "bench serve": "model",
+    "bench train": "",
+}
+
+
+def test_the_command_line_is_frozen() -> None:
+    assert dict(_commands(typer.main.get_command(app))) == COMMANDS
+
+
+def _commands(group: Any, prefix: str = "") -> Any:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            said = (p.opts[0] if p.param_type_name == "option" else p.name for p in command.params)
+            yield prefix + name, " ".join(said)
+
+
+def test_every_command_has_a_help_line() -> None:
+    assert all(command.help for command in typer.main.get_command(app).commands.values())  # type: ignore[attr-defined]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What keeps `chatforge --help` under half a second."""
+    code = (
+        "import sys\nfrom services.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('grpc', 'ray', 'torch', 'transformers', 'pydantic', 'yaml', 'numpy') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert told.stdout.endswith("\n[]\n") and "serve" in told.stdout and told.stderr == ""
+
+
+MISTAKES = {
+    "no such recipe": (["plan", "tinny"], "recipe 'tinny' not found: did you mean 'tiny'?"),
+    "wrong field": (
+        ["plan", "tiny", "--set", "sft.batchsize=1"],
+        "sft.batchsize: no such key; did you mean 'batch_size'?",
+    ),
+    "no such model": (["serve", "--chat", "nowhere"], "model 'nowhere' not found: give a folder with a config.json"),
+    "nothing to serve": (["serve"], "chat: no model to serve; give --chat MODEL or a config file"),
+    "no such run": (["report", "nowhere"], "run 'nowhere' not found in runs/"),
+    "no run to rank": (["rank", "nowhere"], "run 'nowhere' not found in runs/"),
+    "no run to show": (["runs", "nowhere"], "run 'nowhere' not found"),
+    "nothing to evaluate on": (["evaluate", "nowhere"], "name data to measure it on"),
+    "no such file": (["import", "nowhere.gguf", "out"], "nowhere.gguf: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_prints_one_line_and_exits_2(case: str, tmp_path: Path) -> None:
+    arguments, said = MISTAKES[case]
+    told = run_command(arguments, tmp_path)
+    assert told.returncode == 2 and told.stdout == ""
+    assert told.stderr.startswith(f"error: {said}") or said in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_is_not_there_exits_1(tmp_path: Path) -> None:
+    told = run_command(["chat", "--server", "127.0.0.1:1", "hi"], tmp_path)
+    assert told.returncode == 1 and told.stderr.startswith("error: UNAVAILABLE: ") and told.stderr.count("\n") == 1
+
+
+def test_the_plan_of_a_shipped_recipe_is_printed(tmp_path: Path) -> None:
+    told = run_command(["plan", "tiny", "--workers", "2", "--run", "mine"], tmp_path)
+    assert told.returncode == 0 and told.stderr == ""
+    assert told.stdout.startswith("recipe mine: seed 1, workers 2") and "pretrain" in told.stdout

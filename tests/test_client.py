@@ -1,0 +1,209 @@
+"""The client against a real gRPC server that does as it is told: retries, timeouts, cancellation, what it imports."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from services_world import environment
+
+from chatforge.v1 import chat_pb2, chat_pb2_grpc, common_pb2
+from services.client import AsyncClient, CallError, Client
+
+UNAVAILABLE, EXHAUSTED, INTERNAL = (
+    getattr(grpc.StatusCode, name) for name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL")
+)
+
+
+class Scripted(chat_pb2_grpc.ChatServiceServicer):
+    """Fails with each of `errors` in turn, after `delivered` messages; then answers."""
+
+    def __init__(self) -> None:
+        self.errors: list[grpc.StatusCode] = []
+        self.delivered = 0
+        self.requests: list[Any] = []
+        self.metadata: dict[str, str] = {}
+        self.cancelled = threading.Event()
+
+    def Chat(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        if self.errors:
+            context.abort(self.errors.pop(0), "said the script")
+        return chat_pb2.ChatResponse(
+            id="r", model="m", message=chat_pb2.Message(content="hello"), finish_reason=common_pb2.FINISH_REASON_STOP
+        )
+
+    def StreamChat(self, request: Any, context: Any) -> Iterator[Any]:
+        self._note(request, context)
+        context.add_callback(self.cancelled.set)
+        for _ in range(self.delivered):
+            yield chat_pb2.StreamChatResponse(id="r", model="m", delta="he")
+        if self.errors:
+            yield chat_pb2.StreamChatResponse()  # the empty message that comes with a status
+            context.abort(self.errors.pop(0), "said the script")
+        if request.model == "endless":
+            yield chat_pb2.StreamChatResponse(id="r", model="m", delta="he")
+            self.cancelled.wait(30)
+        reason = common_pb2.FINISH_REASON_STOP
+        yield chat_pb2.StreamChatResponse(id="r", model="m", delta="llo", finish_reason=reason, seed=5)
+
+    def _note(self, request: Any, context: Any) -> None:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+
+
+@pytest.fixture
+def script() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def address(script: Scripted) -> Iterator[str]:
+    with ThreadPoolExecutor(8) as pool:
+        server = grpc.server(pool)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(script, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}"
+        script.cancelled.set()
+        server.stop(0).wait()
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Client]:
+    with Client(address, timeout=20) as client:
+        yield client
+
+
+def test_the_request_holds_what_was_said(client: Client, script: Scripted) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))]
+    client.chat(turns, model="m", temperature=0, stop="x", seed=None)
+    message = chat_pb2.Message
+    assert script.requests == [
+        chat_pb2.ChatRequest(
+            model="m",
+            messages=[
+                message(role=chat_pb2.ROLE_SYSTEM, content="a"), message(role=chat_pb2.ROLE_USER, content="b"),
+                message(role=chat_pb2.ROLE_ASSISTANT, content="c"), message(role=chat_pb2.ROLE_USER, content="d"),
+            ],
+            config=chat_pb2.GenerationConfig(temperature=0, stop=["x"]),
+        )
+    ]  # fmt: skip
+    assert script.metadata["application"] == "chat"
+
+
+@pytest.mark.parametrize("code", [UNAVAILABLE, EXHAUSTED])
+def test_what_was_refused_before_anything_came_is_tried_again(
+    client: Client, script: Scripted, code: grpc.StatusCode
+) -> None:
+    script.errors = [code, code]
+    assert client.chat("hi").text == "hello"
+    script.errors = [code]
+    assert "".join(client.stream_chat("hi")) == "llo"
+    assert len(script.requests) == 5
+
+
+def test_other_errors_are_not_tried_again(client: Client, script: Scripted) -> None:
+    script.errors = [INTERNAL]
+    with pytest.raises(CallError, match="INTERNAL: said the script"):
+        client.chat("hi")
+    assert len(script.requests) == 1
+
+
+def test_a_stream_that_has_delivered_is_not_tried_again(client: Client, script: Scripted) -> None:
+    script.errors, script.delivered = [UNAVAILABLE], 1
+    stream = client.stream_chat("hi")
+    assert next(stream) == "he"
+    with pytest.raises(CallError, match="UNAVAILABLE"):
+        next(stream)
+    assert len(script.requests) == 1
+    with pytest.raises(RuntimeError, match="has not ended"):
+        _ = stream.reply
+
+
+def test_it_gives_up_after_its_retries(address: str, script: Scripted) -> None:
+    script.errors = [UNAVAILABLE] * 9
+    with Client(address, retries=2) as client, pytest.raises(CallError, match="UNAVAILABLE"):
+        client.chat("hi")
+    assert len(script.requests) == 3
+
+
+def test_it_does_not_wait_past_its_timeout(address: str, script: Scripted) -> None:
+    script.errors = [EXHAUSTED] * 99
+    with Client(address, retries=99) as client, pytest.raises(CallError, match="EXHAUSTED"):
+        client.chat("hi", timeout=1.0)
+    assert 1 < len(script.requests) < 8
+
+
+@pytest.mark.parametrize("leave", ["close", "break"])
+def test_leaving_a_stream_cancels_the_call(client: Client, script: Scripted, leave: str) -> None:
+    stream = client.stream_chat("hi", model="endless")
+    if leave == "close":
+        next(stream)
+        stream.close()
+    else:
+        with stream:
+            for _ in stream:
+                break
+    assert script.cancelled.wait(10)
+
+
+async def test_the_async_client_retries_and_cancels_likewise(address: str, script: Scripted) -> None:
+    script.errors = [UNAVAILABLE, EXHAUSTED]
+    async with AsyncClient(address, timeout=20) as client:
+        assert (await client.chat("hi")).text == "hello"
+        script.errors = [EXHAUSTED]
+        stream = client.stream_chat("hi")
+        assert [piece async for piece in stream] == ["llo"]
+        assert stream.reply.seed == 5
+        assert len(script.requests) == 5
+        script.errors = [INTERNAL]
+        with pytest.raises(CallError, match="INTERNAL"):
+            await client.chat("hi")
+        async with client.stream_chat("hi", model="endless") as endless:
+            async for _ in endless:
+                break
+        assert script.cancelled.wait(10)
+
+
+def test_a_server_that_is_not_there() -> None:
+    with Client("127.0.0.1:1", retries=1) as client, pytest.raises(CallError, match="UNAVAILABLE"):
+        client.chat("hi")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            {"messages": "hi", "temprature": 1},
+            "temprature: no such field of GenerationConfig; there are: max_new_tokens",
+        ),
+        ({"messages": [{"role": "bot", "content": "hi"}]}, "a role out of system, user, assistant"),
+        ({"messages": [{"role": "user"}]}, "must have a content"),
+    ],
+)
+def test_what_the_protos_cannot_hold_is_refused_here(client: Client, call: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        client.chat(**call)
+
+
+def test_it_imports_nothing_heavy() -> None:
+    code = "import sys, services.client; print([m for m in %r if m in sys.modules])"
+    heavy = [
+        "torch",
+        "ray",
+        "transformers",
+        "pydantic",
+        "numpy",
+        "yaml",
+        "typer",
+        "services.app",
+        "serving",
+        "training",
+    ]
+    told = subprocess.run([sys.executable, "-c", code % heavy], env=environment(), capture_output=True, text=True)
+    assert (told.stdout, told.stderr) == ("[]\n", "")
