@@ -17,8 +17,6 @@ from serving.engine.scheduler import PromptChunk, Sequence, Step
 
 logger = logging.getLogger(__name__)
 
-_LENGTH_BUCKET = 32  # decode attention reads this many tokens' multiple
-
 
 class Decoder(Protocol):
     def logits(self, step: Step) -> Tensor:
@@ -97,6 +95,7 @@ class FastDecoder:
         self._family = self._read_weights()
 
     def logits(self, step: Step) -> Tensor:
+        self.cache.fit(step.longest)
         for sequence, source in step.moves:
             self.cache.move(source, sequence.slot, sequence.cached)
         rows, family = self._rows(step), self._family
@@ -126,7 +125,7 @@ class FastDecoder:
         `scaled_dot_product_attention` does not in float32, and are up to twice as fast.
         """
         heads, n = self._heads, rows.decode
-        keys, values = self.cache.read(layer, n, rows.mask.shape[-1])
+        keys, values = self.cache.read(layer, n)
         queries = projected[:n, : heads.queries].reshape(n * heads.kv, -1, heads.dim)
         scores = torch.baddbmm(rows.mask, queries, keys.transpose(1, 2), alpha=scale)
         return torch.bmm(scores.softmax(-1), values).view(n, -1)
@@ -145,7 +144,6 @@ class FastDecoder:
 
     def _rows(self, step: Step) -> _Rows:
         """Lays out the step. Slots that do not decode and padding are rows of token 0 that write to the spare slot."""
-        self.cache.reserve(max(len(s.tokens) for s in step.decoding + [c.sequence for c in step.chunks]))
         slots = 1 + max((s.slot for s in step.decoding), default=-1)
         # Never a single row, see `linear`.
         slots = max(slots, 2) if step.decoding else slots
@@ -174,12 +172,8 @@ class FastDecoder:
         return _Span(chunk.sequence.slot, slice(first_row, first_row + stop - start), stop, mask)
 
     def _decode_mask(self, positions: Tensor) -> Tensor:
-        """-inf beyond each row's position, [rows · kv heads, 1, length]."""
-        if not len(positions):
-            return positions.new_empty(0, 1, 0)
-        longest = int(positions.max()) + 1
-        length = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, self.cache.capacity)
-        beyond = torch.arange(length, device=self._device) > positions[:, None]
+        """-inf beyond each row's position, [rows · kv heads, 1, capacity]."""
+        beyond = torch.arange(self.cache.capacity, device=self._device) > positions[:, None]
         mask = torch.zeros(beyond.shape, dtype=self._dtype, device=self._device).masked_fill_(beyond, -torch.inf)
         return mask.repeat_interleave(self._heads.kv, 0)[:, None]
 

@@ -1,14 +1,14 @@
 """Memory: the keys and values of every slot, laid out so that a decode step reads them as they lie.
 
-One buffer per layer, [2 (keys, values), slots + 1, kv_heads, capacity, head_dim]. The rows of the last slot belong to
-nobody: padding rows write there. Capacity grows by doubling to what the longest sequence so far has needed, and not to
-slots × context at once, which would be 6 GB for a 135M model of 8k context.
+One buffer per layer, [2 (keys, values), slots + 1, kv_heads, capacity, head_dim], of which a step reads the first slots
+whole: a view that is contiguous, since batched products copy any other first, which took longer than the products. So
+the capacity follows the longest sequence that runs, up and down. The last slot is nobody's: padding rows write there.
 """
 
 import torch
 from torch import Tensor
 
-_FIRST_CAPACITY = 256  # tokens per slot
+_GRAIN = 64  # tokens; capacities are multiples
 
 
 class KVCache:
@@ -21,23 +21,26 @@ class KVCache:
         layers, self.kv_heads, self.head_dim = shape
         self.spare_slot = slots
         self.max_len = max_len
-        self.capacity = min(_FIRST_CAPACITY, max_len)
+        self.capacity = min(_GRAIN, max_len)
         size = (2, slots + 1, self.kv_heads, self.capacity, self.head_dim)
-        # Zeros, since a masked score times a value that was never written must be 0 and not NaN.
+        # Zeros, since a masked weight of 0 times a value that was never written must be 0 and not NaN.
         self.layers = [torch.zeros(size, dtype=dtype, device=device) for _ in range(layers)]
 
-    def reserve(self, length: int) -> None:
-        """Makes every slot hold `length` tokens at least."""
+    def fit(self, length: int) -> None:
+        """Makes room for `length` tokens per slot, the longest there is, and gives back room above twice that.
+
+        Growth is by an eighth at least, which bounds the copying to a few per cent of the reading.
+        """
         assert length <= self.max_len
-        if length <= self.capacity:
+        if self.capacity // 2 < length <= self.capacity:
             return
-        old = self.capacity
-        while self.capacity < length:
-            self.capacity = min(2 * self.capacity, self.max_len)
+        wanted = max(length, self.capacity + self.capacity // 8) if length > self.capacity else length
+        capacity = min(-(-wanted // _GRAIN) * _GRAIN, self.max_len)
+        kept = min(self.capacity, capacity)
+        self.capacity = capacity
         for i, layer in enumerate(self.layers):
-            grown = layer.new_zeros((*layer.shape[:3], self.capacity, self.head_dim))
-            grown[..., :old, :] = layer
-            self.layers[i] = grown
+            self.layers[i] = layer.new_zeros((*layer.shape[:3], capacity, self.head_dim))
+            self.layers[i][..., :kept, :] = layer[..., :kept, :]
 
     def addresses(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Where the rows of tokens at [T] positions of [T] slots go: [T, 2 · kv_heads], keys first, for `write`."""
@@ -50,9 +53,9 @@ class KVCache:
         """Stores rows [T, 2 · kv_heads, head_dim] at `addresses`."""
         self.layers[layer].view(-1, self.head_dim)[addresses] = rows
 
-    def read(self, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `slots` slots and `length` tokens, each [slots · kv_heads, length, head_dim]."""
-        keys, values = self.layers[layer][:, :slots, :, :length].flatten(1, 2)
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `slots` slots as they lie, each [slots · kv_heads, capacity, head_dim]."""
+        keys, values = self.layers[layer][:, :slots].flatten(1, 2)
         return keys, values
 
     def read_slot(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:

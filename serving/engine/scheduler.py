@@ -55,6 +55,7 @@ class Step:
     moves: list[tuple[Sequence, int]]  # a sequence and the slot it comes from; `sequence.slot` is where it goes
     decoding: list[Sequence]
     chunks: list[PromptChunk]
+    longest: int  # tokens of the longest running sequence
 
     @property
     def sampled(self) -> list[Sequence]:
@@ -98,7 +99,8 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if not s.cancelled)
         self.running = [s for s in self.running if not s.cancelled]
         self._admit()
-        return Step(self._compact(), [s for s in self.running if s.decoding], self._pick_chunks())
+        longest = max((len(s.tokens) for s in self.running), default=0)
+        return Step(self._compact(), [s for s in self.running if s.decoding], self._pick_chunks(), longest)
 
     def _free_slots(self) -> list[int]:
         taken = {s.slot for s in self.running}
