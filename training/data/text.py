@@ -172,7 +172,7 @@ def _write(
     documents: Iterator[Document], encode: _Encoder, run: Run, folder: Path, progress: Callable[[int], None]
 ) -> dict[str, dict[str, int]]:
     """train.bin as it comes; val.bin at the end, when it is known which held-out texts training has too."""
-    train, val = Side(), Side()
+    train, val, done = Side(), Side(), 0
     trained: set[bytes] = set()
     waiting: list[tuple[Document, np.ndarray]] = []
     with (folder / "train.bin").open("wb") as train_file, (folder / "val.bin").open("wb") as val_file:
@@ -184,7 +184,8 @@ def _write(
                 _append(train_file, train, document, ids)
                 if document.key != normalised(document.text):  # else its twins fall on its own side
                     trained.add(digest(document.text))
-            progress(train.bytes + sum(len(document.text) for document, _ in waiting))
+            done += sum(len(document.text.encode()) for document in batch)
+            progress(done)
         for document, ids in waiting:
             if digest(document.text) not in trained:
                 trained.add(digest(document.text))
