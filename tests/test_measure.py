@@ -37,11 +37,20 @@ def test_bits_per_byte_is_what_pretraining_validates_with(tiny_world, llama, tmp
     run = Run(tmp_path, "pretrain", val_fraction=0.2)
     model, tokenizer = llama
     data = PackedTokens(tokenize_to_shards([str(tiny_world.corpus)], tokenizer, run), "val", SEQ_LEN)
-    ours = measure.bits_per_byte(model, measure.shard_batches(data), data.side.tokens / data.side.bytes)
+    ours = measure.bits_per_byte(model, measure.shard_batches(data, SEQ_LEN), data.side.tokens / data.side.bytes)
     theirs = pretrain.bits_per_byte(model, data, 8, run, len(data))
     assert ours.mean == pytest.approx(theirs, rel=1e-5)
     assert ours.n == len(data) > measure.BATCH  # more than one batch
     assert 0 < ours.stderr < 0.1 * ours.mean
+
+
+def test_much_text_is_measured_at_even_distances(tiny_world, llama, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    run = Run(tmp_path, "pretrain", val_fraction=0.2)
+    data = PackedTokens(tokenize_to_shards([str(tiny_world.corpus)], llama[1], run), "val", SEQ_LEN)
+    monkeypatch.setattr(measure, "MAX_TOKENS", 40 * SEQ_LEN)
+    rows = torch.cat([batch["input_ids"] for batch in measure.shard_batches(data, SEQ_LEN)])
+    assert len(data) > 80 and len(rows) == 40
+    assert torch.equal(rows[[0, 20]], data.batch([0, len(data) // 2])["input_ids"])
 
 
 def test_documents_do_not_see_one_another(llama) -> None:  # type: ignore[no-untyped-def]

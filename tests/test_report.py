@@ -224,7 +224,12 @@ def test_the_picture_of_a_run_is_a_png(run: Path, stages: Any) -> None:
 
 
 def test_a_number_that_is_none_leaves_a_gap() -> None:
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3}, {"step": 4, "loss": 0.0}]
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": math.nan},
+        {"step": 3},
+        {"step": 4, "loss": 0.0},
+    ]
     assert figures.series(lines, "loss") == ([1, 4], [2.0, 0.0])
     assert figures.panels("pretrain", lines) == [figures.PANELS["pretrain"][0]]
     assert figures.panels("pretrain", lines[:3]) == []

@@ -88,14 +88,16 @@ def settings(exam: Exam) -> Result:
 
 
 def held_out_bits(exam: Exam, model: Any, tokenizer: Any) -> Estimate | None:
-    """On the windows that pretrain validated on; None where there are none, or the model has another vocabulary."""
+    """On windows that pretrain validated on; None where there are none, or the model has another vocabulary."""
     pretrain, shards = exam.recipe.pretrain, exam.run.of("pretrain").folder / "shards"
     if pretrain is None or not shards.is_dir():
         return None
     if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(exam.run.of("pretrain").model).get_vocab():
         return None
     data = PackedTokens(shards, "val", pretrain.seq_len)
-    return measure.bits_per_byte(model, measure.shard_batches(data), data.side.tokens / data.side.bytes)
+    return measure.bits_per_byte(
+        model, measure.shard_batches(data, pretrain.seq_len), data.side.tokens / data.side.bytes
+    )
 
 
 # ---- reward
