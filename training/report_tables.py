@@ -255,9 +255,10 @@ def remarks(result: Json, recipe: Recipe) -> list[str]:
         )
     judge = result.get("settings", {}).get("judge") or (recipe.rank.judge if recipe.rank else None)
     if judge == "vader":
+        same = " It also ranked what the reward model learnt from." if recipe.rank and recipe.rank.judge == judge else ""
         out.append(
             "The gold judge is VADER, a list of words with a friendliness each. “Better” means friendlier here: not "
-            "true, not to the point. It also ranked what the reward model learnt from."
+            f"true, not to the point.{same}"
         )
     if result.get("ppo_against_sft"):
         out.append(_hacking(result))
