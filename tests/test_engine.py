@@ -21,7 +21,7 @@ FOREVER = SamplingParams(max_new_tokens=200, temperature=0.0)
 def prompts(count: int, longest: int = 200) -> list[list[int]]:
     """Ragged prompts; some are longer than a chunk, one is a single token."""
     g = torch.Generator().manual_seed(4)
-    lengths = [1, longest] + torch.randint(2, longest, (count,), generator=g).tolist()
+    lengths = [1, longest, *torch.randint(2, longest, (count,), generator=g).tolist()]
     return [torch.randint(10, 400, (n,), generator=g).tolist() for n in lengths[:count]]
 
 

@@ -158,8 +158,8 @@ class TorchEngine:
             raise ValueError("prompt_ids is empty; a prompt has at least one token")
         if wanted > self.max_model_len:
             raise ValueError(
-                f"a prompt of {len(prompt_ids)} tokens with max_new_tokens={params.max_new_tokens} needs {wanted} tokens, "
-                f"above the limit of {self.max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"a prompt of {len(prompt_ids)} tokens with max_new_tokens={params.max_new_tokens} needs {wanted} "
+                f"tokens, above the limit of {self.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
             raise ValueError(f"prompt_ids has ids outside 0..{self.vocab_size - 1}")
