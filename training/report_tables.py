@@ -255,7 +255,8 @@ def remarks(result: Json, recipe: Recipe) -> list[str]:
         )
     judge = result.get("settings", {}).get("judge") or (recipe.rank.judge if recipe.rank else None)
     if judge == "vader":
-        same = " It also ranked what the reward model learnt from." if recipe.rank and recipe.rank.judge == judge else ""
+        ranked = recipe.rank is not None and recipe.rank.judge == judge
+        same = " It also ranked what the reward model learnt from." if ranked else ""
         out.append(
             "The gold judge is VADER, a list of words with a friendliness each. “Better” means friendlier here: not "
             f"true, not to the point.{same}"
