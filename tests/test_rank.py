@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from training import rank
 from training.config import RankConfig
 from training.data.prompts import read_prompts
 from training.data.rankings import pairs, read_rankings
@@ -16,7 +17,8 @@ from training.run import Run, StageError, read_jsonl
 
 
 @pytest.fixture
-def stage(tmp_path):
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank, "MIN_STOP_RATE", 0.0)  # random weights hardly ever end a turn
     return Run(tmp_path / "demo", "rank", seed=1, val_fraction=0.2)
 
 
@@ -170,3 +172,19 @@ def test_the_stage_waits_for_the_person_and_then_goes_on(tiny_world, stage):
 def test_nothing_to_rank_is_said(stage):
     with pytest.raises(StageError, match="run 'demo' has no completions to rank"):
         rank_in_terminal(stage, io.StringIO(), io.StringIO())
+
+
+# ---- the gate
+
+
+def test_a_model_that_does_not_end_its_turns_stops_the_run(tiny_world, tmp_path):
+    stage = Run(tmp_path / "endless", "rank", seed=1, val_fraction=0.2)
+    with pytest.raises(StageError, match=r"ends its turn in \d+% of 68 completions .* max_new_tokens=6"):
+        run(config(tiny_world), stage)
+
+
+def test_the_gate_counts_completions_that_end():
+    lines = [{"finish_reasons": ["stop", "length"]}, {"finish_reasons": ["stop", "stop"]}]
+    rank.require_endings(lines, 6)
+    with pytest.raises(StageError, match="25% of 4"):
+        rank.require_endings([{"finish_reasons": ["length", "length"]}, {"finish_reasons": ["stop", "length"]}], 6)

@@ -195,6 +195,30 @@ class PPOConfig(TrainingConfig):
     def num_rollouts(self) -> int:
         return max(1, self.total_episodes // self.batch_size)
 
+    def mini_batch(self, workers: int) -> Self:
+        """This config with the batch of one optimiser step; raises ConfigError where batches do not divide."""
+        parts = workers * self.num_mini_batches
+        local, rest = divmod(self.batch_size, parts)
+        if rest:
+            raise ConfigError(
+                f"ppo.batch_size={self.batch_size} is not divisible by workers × num_mini_batches = "
+                f"{workers} × {self.num_mini_batches} = {parts}; change one of the three"
+            )
+        micro = min(self.micro_batch_size, local)
+        if local % micro:
+            raise ConfigError(
+                f"ppo.micro_batch_size={micro} does not divide a worker's mini-batch, batch_size / (workers × "
+                f"num_mini_batches) = {local}; change one of the four"
+            )
+        return self.model_copy(update={"batch_size": local * workers, "micro_batch_size": micro})
+
+    def derived(self, workers: int) -> str:
+        step = self.mini_batch(workers)
+        updates = self.num_ppo_epochs * self.num_mini_batches
+        return (
+            f"{self.num_rollouts} rollouts of {self.batch_size} episodes, {updates} steps of {step.batch_size} on each"
+        )
+
 
 class EvaluateConfig(StageConfig):
     """What each stage's model is worth on held-out data."""
@@ -240,6 +264,11 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _set(tree, override)
     return _validated(tree)
+
+
+def padded_vocab(size: int) -> int:
+    """Embedding rows: matrix products like multiples of 64."""
+    return -(-size // 64) * 64
 
 
 def shipped_recipes() -> list[str]:

@@ -15,7 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from training.config import ConfigError, Recipe, StageConfig
+from training.config import (
+    ConfigError,
+    PPOConfig,
+    PretrainConfig,
+    RankConfig,
+    Recipe,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    padded_vocab,
+)
 from training.data.sources import fingerprint
 from training.run import Run, StageError, write_atomic
 
@@ -89,6 +101,7 @@ def _run_stage(recipe: Recipe, root: Path, name: str, device: str, say: Callable
     started = time.time()
     cluster.run_stage(config, run)
     _write_manifest(run, identity, time.time() - started)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)  # done: nothing will go on from them
     say(f"{name}: done in {time.time() - started:.0f} s  {_brief(run.final_metrics())}")
 
 
@@ -109,14 +122,14 @@ def plan(recipe: Recipe, runs: Path = RUNS) -> list[PlannedStage]:
     again: set[str] = set()
     for name, config in recipe.stages.items():
         _check_parents(recipe, root, name)
-        derived = _derived(recipe, config)
+        numbers = derived(recipe, config)
         state, why = _state(root, name, _identity(recipe, root, name))
         waits = sorted(again & _parents(recipe, name).keys())
         if waits and state in ("done", "resume"):
             state, why = "stale", f"{', '.join(waits)} will run again"
         if state != "done":
             again.add(name)
-        planned.append(PlannedStage(name, config, state, why, derived))
+        planned.append(PlannedStage(name, config, state, why, numbers))
     return planned
 
 
@@ -129,9 +142,36 @@ def describe(recipe: Recipe, plans: list[PlannedStage]) -> str:
     return "\n".join(lines)
 
 
-def _derived(recipe: Recipe, config: StageConfig) -> str:
-    derived = getattr(config, "derived", None)
-    return derived(recipe.workers) if derived else ""
+def derived(recipe: Recipe, config: StageConfig) -> str:
+    """The numbers that follow from a stage's settings; raises ConfigError where they do not fit together."""
+    match config:
+        case TokenizerConfig():
+            return f"{config.vocab_size:,} tokens at most"
+        case PretrainConfig():
+            size = f"{_parameters(recipe, config)} parameters, " if recipe.tokenizer else ""
+            return (
+                f"{size}{config.tokens:,} tokens = {config.steps:,} steps × {_batch(recipe, config)} × {config.seq_len}"
+            )
+        case RankConfig():
+            return f"{config.num_prompts:,} prompts × {config.num_completions} completions, judge {config.judge}"
+        case PPOConfig():
+            steps = config.num_rollouts * config.num_ppo_epochs * config.num_mini_batches
+            return f"{config.num_rollouts} rollouts × {_batch(recipe, config)} episodes, {steps:,} optimiser steps"
+        case SFTConfig() | RewardConfig():
+            lora = f", LoRA r={config.lora.r}" if config.lora else ""
+            return f"{config.num_train_epochs:g} epochs, batch {_batch(recipe, config)}{lora}"
+    return ""
+
+
+def _parameters(recipe: Recipe, config: PretrainConfig) -> str:
+    assert recipe.tokenizer
+    return f"{config.parameters(padded_vocab(recipe.tokenizer.vocab_size)) / 1e6:,.1f}M"
+
+
+def _batch(recipe: Recipe, config: TrainingConfig) -> str:
+    accumulation = config.gradient_accumulation_steps(recipe.workers)
+    parts = f"{recipe.workers} workers × micro {config.micro_batch_size} × accumulation {accumulation}"
+    return f"{config.batch_size} ({parts})"
 
 
 def _check_parents(recipe: Recipe, root: Path, name: str) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from training import zero
-from training.config import PretrainConfig
+from training.config import PretrainConfig, padded_vocab
 from training.data.text import PackedTokens, order, tokenize_to_shards
 from training.run import Run, StageError
 
@@ -122,10 +122,6 @@ def model_config(config: PretrainConfig, vocab_size: int) -> GPT2Config | LlamaC
         tie_word_embeddings=True,
         use_cache=False,
     )
-
-
-def padded_vocab(size: int) -> int:
-    return math.ceil(size / 64) * 64
 
 
 # ---- schedule

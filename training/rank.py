@@ -28,6 +28,7 @@ from training.run import Run, StageError, read_jsonl, write_atomic
 from training.tokenizer import encode_prompt
 
 SAMPLED_AT_ONCE = 64  # sequences in the engine
+MIN_STOP_RATE = 0.5  # of the completions: the others were cut off
 
 Line = dict[str, Any]
 
@@ -35,11 +36,13 @@ Line = dict[str, Any]
 def run(config: RankConfig, run: Run) -> None:
     """Leaves completions.jsonl and rankings.jsonl. One process does it all; other workers return at once.
 
-    Raises StageError where a person has yet to rank, naming the command to do it with.
+    Raises StageError where the model does not end its turns, and where a person has yet to rank, naming the command to
+    do it with.
     """
     if run.rank:
         return
     sample(config, run)
+    require_endings(read_jsonl(completions_path(run)), config.max_new_tokens)
     if config.judge == "person":
         _require_person(run)
     else:
@@ -81,13 +84,26 @@ def sample(config: RankConfig, run: Run) -> None:
                 SamplingParams(config.max_new_tokens, config.temperature, seed=_seed(run.seed, prompt, k))
                 for prompt, k in asked
             ]
-            texts = iter(completion.text for completion in engine.generate_all(ids, params))
+            sampled = iter(engine.generate_all(ids, params))
             for prompt in batch:
-                completions = [next(texts) for _ in range(config.num_completions)]
-                _append(path, {"id": prompt.key, "prompt": prompt.messages, "completions": completions})
+                answers = [next(sampled) for _ in range(config.num_completions)]
+                line = {"id": prompt.key, "prompt": prompt.messages, "completions": [a.text for a in answers]}
+                _append(path, line | {"finish_reasons": [a.finish_reason for a in answers]})
             run.log(start + len(batch), len(prompts))
     finally:
         engine.close()
+
+
+def require_endings(lines: Sequence[Line], max_new_tokens: int) -> None:
+    """The gate after SFT: raises StageError where fewer than MIN_STOP_RATE of the completions end their turn."""
+    reasons = [reason for line in lines for reason in line["finish_reasons"]]
+    stop_rate = reasons.count("stop") / len(reasons)
+    if stop_rate < MIN_STOP_RATE:
+        raise StageError(
+            f"rank: the model ends its turn in {stop_rate:.0%} of {len(reasons)} completions of at most "
+            f"max_new_tokens={max_new_tokens}; below {MIN_STOP_RATE:.0%} neither reward nor PPO can learn from them: "
+            "train SFT longer, on shorter answers, or raise rank.max_new_tokens"
+        )
 
 
 def choose_prompts(config: RankConfig, run: Run, fits: Callable[[Prompt], bool]) -> list[Prompt]:

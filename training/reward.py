@@ -64,8 +64,8 @@ def run(config: RewardConfig, run: Run) -> None:
     pairs = sum(len(r) * (len(r) - 1) // 2 for r in (row["ranking"] for row in rows))
     if accuracy <= CHANCE + 2 * math.sqrt(CHANCE * (1 - CHANCE) / pairs):
         raise StageError(
-            f"reward: {accuracy:.2f} of {pairs} held-out pairs are ordered right, which may be chance: give more rankings "
-            f"({len(training)} were learnt from), or raise num_train_epochs or learning_rate"
+            f"reward: {accuracy:.2f} of {pairs} held-out pairs are ordered right, which may be chance: give more "
+            f"rankings ({len(training)} were learnt from), or raise num_train_epochs or learning_rate"
         )
     zero.export(trainer.model_wrapped, run, tokenizer, kind="reward", **about)
 

@@ -133,6 +133,7 @@ def commit_folder(temporary: Path, path: Path) -> None:
     """Flush what `temporary` holds, then let it take `path`'s place."""
     for file in temporary.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)  # safetensors makes files that no other user can read
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if path.exists():
@@ -150,7 +151,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every complete line; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text("utf-8").split("\n")[:-1]  # what follows the last newline is not whole
+    return [json.loads(line) for line in lines]
 
 
 def save_model(run: Run, write: Callable[[Path], None], kind: str, **about: Any) -> None:

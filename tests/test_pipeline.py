@@ -1,0 +1,170 @@
+"""What is done, what is stale and why, before anything runs."""
+
+import json
+import shutil
+
+import pytest
+
+from training import pipeline
+from training.config import ConfigError, Recipe
+from training.data.sources import DataError
+from training.run import StageError, save_model, write_atomic
+
+
+@pytest.fixture
+def world(tmp_path, tiny_world):
+    """A recipe over copied files, in a folder for runs."""
+    for name in ("corpus.txt", "chats.jsonl"):
+        shutil.copy(tiny_world.root / name, tmp_path / name)
+    return tmp_path
+
+
+def recipe(world, **changes):
+    tree = {
+        "name": "r",
+        "tokenizer": {"text": [str(world / "corpus.txt")]},
+        "pretrain": {"text": [str(world / "corpus.txt")], "tokens": 100_000},
+        "sft": {"chats": [str(world / "chats.jsonl")]},
+    }
+    for key, value in changes.items():
+        stage, _, field = key.partition("__")
+        if field:
+            tree[stage] = {**tree[stage], field: value}
+        else:
+            tree[stage] = value
+    return Recipe.model_validate(tree)
+
+
+def finish(recipe, world, stage, content="weights"):
+    """Leave what a stage that ran to its end leaves."""
+    root = world / "runs" / recipe.name
+    run = pipeline.stage_run(recipe, root, stage)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_model(run, lambda folder: (folder / "model.safetensors").write_text(content), "causal-lm")
+    pipeline._write_manifest(run, pipeline._identity(recipe, root, stage), 1.0)
+
+
+def finish_all(recipe, world):
+    for stage in recipe.stages:
+        finish(recipe, world, stage)
+
+
+def states(recipe, world):
+    return {p.name: p.state for p in pipeline.plan(recipe, world / "runs")}
+
+
+def why(recipe, world):
+    return {p.name: p.why for p in pipeline.plan(recipe, world / "runs")}
+
+
+def test_a_new_recipe_has_everything_to_do(world):
+    assert states(recipe(world), world) == {"tokenizer": "new", "pretrain": "new", "sft": "new"}
+
+
+def test_what_is_done_is_skipped(world):
+    r = recipe(world)
+    finish_all(r, world)
+    assert set(states(r, world).values()) == {"done"}
+
+
+def test_done_means_done_for_a_relative_and_an_absolute_folder(world, monkeypatch):
+    r = recipe(world)
+    finish_all(r, world)
+    monkeypatch.chdir(world)
+    assert {p.state for p in pipeline.plan(r)} == {"done"}
+
+
+def test_a_changed_setting_makes_its_stage_and_those_after_it_stale(world):
+    finish_all(recipe(world), world)
+    changed = recipe(world, pretrain__learning_rate=1e-5)
+    assert states(changed, world) == {"tokenizer": "done", "pretrain": "stale", "sft": "stale"}
+    assert why(changed, world)["pretrain"] == "learning_rate: 0.0006 → 1e-05"
+    assert why(changed, world)["sft"] == "pretrain will run again"
+
+
+def test_how_often_to_checkpoint_makes_nothing_stale(world):
+    finish_all(recipe(world), world)
+    assert set(states(recipe(world, pretrain__checkpoint_every=7, pretrain__eval_every=9), world).values()) == {"done"}
+
+
+def test_a_changed_input_is_named(world):
+    r = recipe(world)
+    finish_all(r, world)
+    with (world / "chats.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    assert states(r, world) == {"tokenizer": "done", "pretrain": "done", "sft": "stale"}
+    assert why(r, world)["sft"] == f"{world / 'chats.jsonl'} changed"
+
+
+def test_the_seed_makes_everything_stale(world):
+    finish_all(recipe(world), world)
+    assert set(states(recipe(world, seed=2), world).values()) == {"stale"}
+
+
+def test_a_parent_that_made_something_else_makes_its_child_stale(world):
+    r = recipe(world)
+    finish_all(r, world)
+    finish(r, world, "pretrain", content="other weights")
+    assert states(r, world) == {"tokenizer": "done", "pretrain": "done", "sft": "stale"}
+    assert why(r, world)["sft"] == "pretrain changed"
+
+
+def test_checkpoints_of_the_same_identity_go_on(world):
+    r = recipe(world)
+    finish(r, world, "tokenizer")
+    root = world / "runs" / "r"
+    write_atomic(root / "pretrain" / "started.json", json.dumps(pipeline._identity(r, root, "pretrain")))
+    (root / "pretrain" / "checkpoints" / "step-00000040").mkdir(parents=True)
+    (p,) = [p for p in pipeline.plan(r, world / "runs") if p.name == "pretrain"]
+    assert (p.state, p.why) == ("resume", "from step 40")
+    (p,) = [p for p in pipeline.plan(recipe(world, pretrain__tokens=5), world / "runs") if p.name == "pretrain"]
+    assert p.state == "stale"
+
+
+def test_a_missing_input_is_an_error_before_anything_runs(world):
+    with pytest.raises(DataError, match=r"nothing\.jsonl"):
+        pipeline.plan(recipe(world, sft__chats=[str(world / "nothing.jsonl")]), world / "runs")
+
+
+def test_a_missing_parent_is_named_with_both_ways_out(world):
+    with pytest.raises(ConfigError, match=r"sft: needs the pretrain stage.*add it, or name sft\.model"):
+        pipeline.plan(recipe(world, pretrain=None, tokenizer=None), world / "runs")
+
+
+def test_batches_that_do_not_divide_stop_the_plan(world):
+    with pytest.raises(ConfigError, match="batch_size=32 is not divisible"):
+        pipeline.plan(recipe(world, workers=3), world / "runs")
+
+
+def test_a_named_model_takes_the_parents_place(world, tiny_world):
+    r = recipe(world, pretrain=None, tokenizer=None, sft__model=str(tiny_world.llama))
+    assert states(r, world) == {"sft": "new"}
+
+
+def test_the_plan_prints_the_derived_numbers(world):
+    text = pipeline.describe(recipe(world), pipeline.plan(recipe(world), world / "runs"))
+    assert "100,000 tokens = 12 steps × 32 (1 workers × micro 8 × accumulation 4) × 256" in text
+    assert "2 epochs" in text
+
+
+def test_an_unknown_stage_is_refused(world):
+    with pytest.raises(ConfigError, match="stage 'ppo' is not in recipe 'r'"):
+        pipeline.train(recipe(world), world / "runs", only="ppo")
+
+
+def test_an_unknown_run_is_refused(world):
+    with pytest.raises(StageError, match="run 'nothing' not found"):
+        pipeline.describe_run(world / "runs" / "nothing")
+
+
+def test_a_manifest_says_where_a_model_came_from(world):
+    r = recipe(world)
+    finish_all(r, world)
+    stages = pipeline.describe_run(world / "runs" / "r")["stages"] if write_run(r, world) else {}
+    assert stages["sft"]["identity"]["parents"]["pretrain"] == stages["pretrain"]["output"]
+    assert {"torch", "transformers", "trl", "deepspeed"} <= stages["sft"]["versions"].keys()
+
+
+def write_run(r, world):
+    write_atomic(world / "runs" / "r" / "run.json", r.model_dump_json())
+    return True
