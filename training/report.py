@@ -81,9 +81,10 @@ def read_story(root: Path) -> Story:
     stages = []
     for name in recipe.stages:
         manifest = about["stages"].get(name, {})
-        started = (root / name / "started.json").exists()
+        lines = Run(root, name).metrics()
+        started = lines or (root / name / "started.json").exists()
         state = "done" if manifest else "under way" if started else "not run"
-        stages.append(Stage(name, state, manifest, Run(root, name).metrics()))
+        stages.append(Stage(name, state, manifest, lines))
     path = root / "evaluate" / "evaluation.json"
     evaluation = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return Story(root, recipe, stages, evaluation)
@@ -213,11 +214,9 @@ def _curves(story: Story) -> Html:
 
 
 def _figure(stage: Stage, index: int, panel: figures.Panel) -> Html:
-    keys = [
-        tag("span", name, class_="key", style=f"color: var(--{colour})")
-        for name, colour, metric in zip(("training", "held out"), ("first", "second"), panel.metrics, strict=False)
-        if len(panel.metrics) > 1 and figures.series(stage.lines, metric)[0]
-    ]
+    drawn = [name for name in panel.metrics if figures.series(stage.lines, name)[0]]
+    names = [("training", "first"), ("held out", "second")] if len(drawn) > 1 else []
+    keys = [tag("span", name, class_="key", style=f"color: var(--{colour})") for name, colour in names]
     return tag(
         "figure",
         tag("div", figures.NAMES[stage.name], class_=f"who {stage.name}"),
