@@ -44,7 +44,7 @@ def test_dtype_is_the_folders_own_unless_asked_for(folder: Path) -> None:
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such model folder"):
         load_causal_lm(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has no model.safetensors"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         load_causal_lm(tmp_path)
 
 

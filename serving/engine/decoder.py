@@ -13,7 +13,7 @@ from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM
 
 from serving.engine.blocks import Family, Gpt2Family, LlamaFamily
 from serving.engine.kv_cache import KVCache
-from serving.engine.scheduler import PromptChunk, Sequence, Step
+from serving.engine.scheduler import PromptChunk, Request, Step
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ class FastDecoder:
 
     def logits(self, step: Step) -> Tensor:
         self.cache.fit(step.longest)
-        for sequence, source in step.moves:
-            self.cache.move(source, sequence.slot, sequence.cached)
+        for request, source in step.moves:
+            self.cache.move(source, request.slot, request.cached)
         rows, family = self._rows(step), self._family
         angles = family.angles(rows.positions)
         x = family.embed(rows.tokens, rows.positions)
@@ -152,7 +152,7 @@ class FastDecoder:
             table[s.slot] = (s.tokens[-1], s.cached, s.slot)
         sampled, spans = [s.slot for s in step.decoding], []
         for chunk in step.chunks:
-            s, first = chunk.sequence, len(table)
+            s, first = chunk.request, len(table)
             table += [(s.tokens[i], i, s.slot) for i in range(chunk.start, chunk.stop)]
             spans.append(self._span(chunk, first))
             if chunk.ends_prompt:
@@ -169,7 +169,7 @@ class FastDecoder:
         mask = None
         if start:
             mask = torch.ones(stop - start, stop, dtype=torch.bool, device=self._device).tril(start)
-        return _Span(chunk.sequence.slot, slice(first_row, first_row + stop - start), stop, mask)
+        return _Span(chunk.request.slot, slice(first_row, first_row + stop - start), stop, mask)
 
     def _decode_mask(self, positions: Tensor) -> Tensor:
         """-inf beyond each row's position, [rows · kv heads, 1, capacity]."""
@@ -183,7 +183,7 @@ class TransformersDecoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._caches: WeakKeyDictionary[Sequence, DynamicCache] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[Request, DynamicCache] = WeakKeyDictionary()
 
     def update_weights(self) -> None:
         """Nothing to do: the module itself computes."""
@@ -192,12 +192,12 @@ class TransformersDecoder:
         was_training = self._model.training
         self._model.eval()
         decoded = [self._forward(s, s.cached, len(s.tokens)) for s in step.decoding]
-        prefilled = [(c, self._forward(c.sequence, c.start, c.stop)) for c in step.chunks]
+        prefilled = [(c, self._forward(c.request, c.start, c.stop)) for c in step.chunks]
         self._model.train(was_training)
         return torch.cat(decoded + [logits for chunk, logits in prefilled if chunk.ends_prompt] or [torch.empty(0)])
 
-    def _forward(self, sequence: Sequence, start: int, stop: int) -> Tensor:
+    def _forward(self, request: Request, start: int, stop: int) -> Tensor:
         """Logits [1, vocab] behind tokens start..stop, whose predecessors are cached."""
-        cache = self._caches.setdefault(sequence, DynamicCache(config=self._model.config))
-        tokens = torch.tensor([sequence.tokens[start:stop]], device=self._model.device)
+        cache = self._caches.setdefault(request, DynamicCache(config=self._model.config))
+        tokens = torch.tensor([request.tokens[start:stop]], device=self._model.device)
         return self._model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]

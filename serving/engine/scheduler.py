@@ -1,6 +1,6 @@
 """Policy: who waits, who has a slot, and what the next step computes. Knows tokens and slots, no tensors.
 
-A sequence holds one slot from admission to its end. Its prompt is computed in chunks cut at fixed multiples of
+A request holds one slot from admission to its end. Its prompt is computed in chunks cut at fixed multiples of
 `chunk_tokens`, never where its neighbours happen to leave room, so that what a prompt computes does not depend on them.
 """
 
@@ -11,7 +11,7 @@ from serving.engine.api import QueueFull, SamplingParams
 
 
 @dataclass(eq=False)
-class Sequence:
+class Request:
     """One request on its way through the engine."""
 
     request_id: str
@@ -39,28 +39,28 @@ class Sequence:
 class PromptChunk:
     """Tokens start..stop of a prompt, to be computed in one step."""
 
-    sequence: Sequence
+    request: Request
     start: int
     stop: int
 
     @property
     def ends_prompt(self) -> bool:
-        return self.stop == self.sequence.prompt_len
+        return self.stop == self.request.prompt_len
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass of the model does: first `moves`, then a row per decoding sequence, and the rows of the chunks."""
+    """What one pass of the model does: first `moves`, then a row per decoding request, and the rows of the chunks."""
 
-    moves: list[tuple[Sequence, int]]  # a sequence and the slot it comes from; `sequence.slot` is where it goes
-    decoding: list[Sequence]
+    moves: list[tuple[Request, int]]  # a request and the slot it comes from; `request.slot` is where it goes
+    decoding: list[Request]
     chunks: list[PromptChunk]
-    longest: int  # tokens of the longest running sequence
+    longest: int  # tokens of the longest running request
 
     @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get their next token from this step, in the order of its logits."""
-        return self.decoding + [chunk.sequence for chunk in self.chunks if chunk.ends_prompt]
+    def sampled(self) -> list[Request]:
+        """The requests that get their next token from this step, in the order of its logits."""
+        return self.decoding + [chunk.request for chunk in self.chunks if chunk.ends_prompt]
 
 
 class Scheduler:
@@ -77,22 +77,22 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.chunk_tokens = chunk_tokens
         self.step_tokens = step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, sequence: Sequence, bounded: bool = True) -> None:
-        """Queues a sequence. Raises QueueFull when as many as may wait do so already, unless not `bounded`."""
+    def add(self, request: Request, bounded: bool = True) -> None:
+        """Queues a request. Raises QueueFull when as many as may wait do so already, unless not `bounded`."""
         if bounded and len(self.waiting) >= self.max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests wait already (max_waiting={self.max_waiting})")
-        self.waiting.append(sequence)
+        self.waiting.append(request)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Frees the sequence's slot."""
-        self.running.remove(sequence)
+    def finish(self, request: Request) -> None:
+        """Frees the request's slot."""
+        self.running.remove(request)
 
     def schedule(self) -> Step:
         """Drops the cancelled, admits the waiting, closes gaps between slots, and picks this step's tokens."""
@@ -110,31 +110,31 @@ class Scheduler:
         for slot in self._free_slots():
             if not self.waiting:
                 return
-            sequence = self.waiting.popleft()
-            sequence.slot = slot
-            self.running.append(sequence)
+            request = self.waiting.popleft()
+            request.slot = slot
+            self.running.append(request)
 
-    def _compact(self) -> list[tuple[Sequence, int]]:
+    def _compact(self) -> list[tuple[Request, int]]:
         """Moves the highest slots into the gaps, so that the first len(running) slots are the taken ones."""
         moves = []
         gaps = [slot for slot in self._free_slots() if slot < len(self.running)]
         outside = [s for s in self.running if s.slot >= len(self.running)]
-        for sequence, gap in zip(outside, gaps, strict=True):
-            moves.append((sequence, sequence.slot))
-            sequence.slot = gap
+        for request, gap in zip(outside, gaps, strict=True):
+            moves.append((request, request.slot))
+            request.slot = gap
         return moves
 
     def _pick_chunks(self) -> list[PromptChunk]:
         """Whole chunks of the oldest unfinished prompts, up to `step_tokens`."""
         chunks: list[PromptChunk] = []
         budget = self.step_tokens
-        for sequence in self.running:
-            start = sequence.cached
-            while start < sequence.prompt_len and not sequence.decoding:
-                stop = min(start + self.chunk_tokens, sequence.prompt_len)
+        for request in self.running:
+            start = request.cached
+            while start < request.prompt_len and not request.decoding:
+                stop = min(start + self.chunk_tokens, request.prompt_len)
                 if stop - start > budget:
                     return chunks
-                chunks.append(PromptChunk(sequence, start, stop))
+                chunks.append(PromptChunk(request, start, stop))
                 budget -= stop - start
                 start = stop
         return chunks

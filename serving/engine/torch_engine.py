@@ -16,8 +16,7 @@ from serving.engine import sampler
 from serving.engine.api import Chunk, Completion, EngineClosed, EngineStats, FinishReason, SamplingParams
 from serving.engine.decoder import make_decoder
 from serving.engine.detokenizer import Detokenizer
-from serving.engine.scheduler import Scheduler, Step
-from serving.engine.scheduler import Sequence as Tokens
+from serving.engine.scheduler import Request, Scheduler, Step
 from serving.model_folder import context_length, eos_ids, load_causal_lm
 
 logger = logging.getLogger(__name__)
@@ -29,10 +28,9 @@ Deliver = Callable[[Chunk | Exception], None]
 
 
 @dataclass(eq=False)
-class _Request:
-    """A sequence, its text so far, and where its chunks go."""
+class _Output:
+    """The text of a request so far, and where its chunks go."""
 
-    sequence: Tokens
     text: Detokenizer
     deliver: Deliver
 
@@ -67,7 +65,7 @@ class TorchEngine:
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._scheduler = Scheduler(max_num_seqs, max_waiting, CHUNK_TOKENS, STEP_TOKENS)
         self._decoder = make_decoder(model, max_num_seqs, self.max_model_len)
-        self._requests: dict[Tokens, _Request] = {}
+        self._open: dict[Request, _Output] = {}  # what waits or runs
         self._prompt_tokens = self._generation_tokens = 0
         self._changed = threading.Condition()  # guards everything above; notified when there is work
         self._stepping = threading.Lock()  # one step at a time
@@ -106,7 +104,7 @@ class TorchEngine:
             for i, (prompt, wanted) in enumerate(zip(prompts, each, strict=True))
         ]
         try:
-            while any(r.sequence in self._requests for r in requests):
+            while any(request in self._open for request in requests):
                 self._step()
         finally:
             for request in requests:
@@ -128,7 +126,7 @@ class TorchEngine:
     async def drain(self) -> None:
         """Takes no new requests and returns when the running ones have ended."""
         self._draining = True
-        while self._requests:
+        while self._open:
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
@@ -146,10 +144,8 @@ class TorchEngine:
         Raises RuntimeError while requests are in flight, whose cached keys and values would be of two models.
         """
         with self._stepping:
-            if self._requests:
-                raise RuntimeError(
-                    f"update_weights() with {len(self._requests)} requests in flight; let them end first"
-                )
+            if self._open:
+                raise RuntimeError(f"update_weights() with {len(self._open)} requests in flight; let them end first")
             self._decoder.update_weights()
 
     def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -179,23 +175,22 @@ class TorchEngine:
 
     def _submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, deliver: Deliver, bounded: bool
-    ) -> _Request:
+    ) -> Request:
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        sequence = Tokens(request_id, list(prompt_ids), params, seed)
-        request = _Request(sequence, Detokenizer(self._decode, params.stop), deliver)
+        request = Request(request_id, list(prompt_ids), params, seed)
         with self._changed:
             if self._draining:
                 raise EngineClosed("the engine takes no new requests")
-            self._scheduler.add(sequence, bounded)
-            self._requests[sequence] = request
+            self._scheduler.add(request, bounded)
+            self._open[request] = _Output(Detokenizer(self._decode, params.stop), deliver)
             self._changed.notify_all()
         return request
 
-    def _cancel(self, request: _Request) -> None:
+    def _cancel(self, request: Request) -> None:
         """Gives up a request that has not ended; its slot is free for the next step."""
         with self._changed:
-            if self._requests.pop(request.sequence, None):
-                request.sequence.cancelled = True
+            if self._open.pop(request, None):
+                request.cancelled = True
                 self._changed.notify_all()
 
     def _ensure_thread(self) -> None:
@@ -218,11 +213,11 @@ class TorchEngine:
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
-            failed, self._requests = list(self._requests.values()), {}
+            failed, self._open = self._open, {}
             for request in failed:
-                request.sequence.cancelled = True
-        for request in failed:
-            request.deliver(error)
+                request.cancelled = True
+        for output in failed.values():
+            output.deliver(error)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -236,11 +231,11 @@ class TorchEngine:
             drawn = self._draw(step, logits) if step.sampled else []
             with self._changed:
                 outputs = self._advance(step, drawn)
-        for request, chunk in outputs:
-            request.deliver(chunk)
+        for output, chunk in outputs:
+            output.deliver(chunk)
 
     def _draw(self, step: Step, logits: torch.Tensor) -> list[tuple[int, float | None]]:
-        """The next token of each sampled sequence, with its logprob where wanted."""
+        """The next token of each sampled request, with its logprob where wanted."""
         sampled, logits = step.sampled, logits.float()
         params = [s.params for s in sampled]
         uniforms = [sampler.uniform(s.seed, s.num_new) for s in sampled]
@@ -250,35 +245,35 @@ class TorchEngine:
         by_row = dict(zip(wanting, logprobs, strict=True))
         return [(token, by_row.get(i)) for i, token in enumerate(tokens.tolist())]
 
-    def _advance(self, step: Step, drawn: list[tuple[int, float | None]]) -> list[tuple[_Request, Chunk]]:
+    def _advance(self, step: Step, drawn: list[tuple[int, float | None]]) -> list[tuple[_Output, Chunk]]:
         """Books what the step computed; returns what to deliver."""
-        for sequence in step.decoding:
-            sequence.cached = len(sequence.tokens)
+        for request in step.decoding:
+            request.cached = len(request.tokens)
         for chunk in step.chunks:
-            chunk.sequence.cached = chunk.stop
+            chunk.request.cached = chunk.stop
             self._prompt_tokens += chunk.stop - chunk.start
         self._generation_tokens += len(drawn)
         outputs = []
-        for sequence, (token, logprob) in zip(step.sampled, drawn, strict=True):
-            sequence.tokens.append(token)
-            if sequence in self._requests:  # not cancelled meanwhile
-                outputs.append((self._requests[sequence], self._chunk(self._requests[sequence], token, logprob)))
+        for request, (token, logprob) in zip(step.sampled, drawn, strict=True):
+            request.tokens.append(token)
+            output = self._open.get(request)
+            if output is not None:  # not cancelled meanwhile
+                outputs.append((output, self._chunk(request, output.text, token, logprob)))
         return outputs
 
-    def _chunk(self, request: _Request, token: int, logprob: float | None) -> Chunk:
-        sequence, text = request.sequence, ""
-        if token not in self.eos_ids:
-            text = request.text.push(token)
+    def _chunk(self, request: Request, text: Detokenizer, token: int, logprob: float | None) -> Chunk:
+        """What `token` adds to the request's answer; ends the request where it is the last."""
+        piece = "" if token in self.eos_ids else text.push(token)
         reason: FinishReason | None = None
-        if token in self.eos_ids or request.text.stopped:
+        if token in self.eos_ids or text.stopped:
             reason = "stop"
-        elif sequence.num_new == sequence.params.max_new_tokens:
+        elif request.num_new == request.params.max_new_tokens:
             reason = "length"
         if reason is not None:
-            text += request.text.flush()
-            self._scheduler.finish(sequence)
-            del self._requests[sequence]
-        return Chunk(text, (token,), sequence.seed, () if logprob is None else (logprob,), reason)
+            piece += text.flush()
+            self._scheduler.finish(request)
+            del self._open[request]
+        return Chunk(piece, (token,), request.seed, () if logprob is None else (logprob,), reason)
 
 
 def _limit(wanted: int | None, made_for: int | None) -> int:
@@ -305,8 +300,9 @@ class _Mailbox:
 
     async def take(self) -> Chunk:
         """All that has come, as one chunk; raises what the engine failed with."""
-        await self._ready.wait()
-        self._ready.clear()
+        while not self._items:  # an earlier wake-up may be for what was taken already
+            self._ready.clear()
+            await self._ready.wait()
         items = [self._items.popleft() for _ in range(len(self._items))]
         return _joined(items)
 
