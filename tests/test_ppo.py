@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +33,19 @@ from training import zero
 from training.config import ConfigError, LoraConfig, PPOConfig
 from training.ppo import build, run
 from training.ppo_models import Episodes, RewardModel, Scorer, action_logits, logprobs, state_values
-from training.ppo_trainer import Experience, PPOArguments, PPOModels, PPOTrainer, mini_batch
+from training.ppo_trainer import Experience, PPOArguments, PPOModels, PPOTrainer
 from training.run import Run, StageError
 
 Build = Callable[..., PPOTrainer]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more, and lose much where another process has the core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -121,7 +130,7 @@ def test_a_token_that_pays_is_said_at_a_bounded_kl(make: Build) -> None:
 
 
 def test_a_constant_reward_teaches_nothing(make: Build) -> None:
-    history = steps(make(constant, **ORACLE), 6)
+    history = steps(make(constant, **ORACLE), 5)
     assert history[-1]["kl"] < 1.5
     assert history[-1]["entropy"] == pytest.approx(history[0]["entropy"], abs=0.15)
     assert history[-1]["value_loss"] < 0.05 < history[0]["value_loss"]
@@ -129,27 +138,27 @@ def test_a_constant_reward_teaches_nothing(make: Build) -> None:
 
 def test_an_endless_kl_coefficient_holds_the_policy(make: Build) -> None:
     gentle = ORACLE | {"learning_rate": 2e-4}
-    held = steps(make(contains, kl_coef=1e4, **gentle), 8)
+    held = steps(make(contains, kl_coef=1e4, **gentle), 7)
     assert all(m["kl"] < 0.4 for m in held)
     assert held[-1]["reward"] == pytest.approx(held[0]["reward"], abs=0.15)
-    free = steps(make(contains, kl_coef=0.0, **gentle), 8)
+    free = steps(make(contains, kl_coef=0.0, **gentle), 7)
     assert free[-1]["kl"] > 2
 
 
 def test_the_kl_holds_back_a_reward_with_a_flaw(make: Build) -> None:
-    exploited = steps(make(counts, kl_coef=0.0, **ORACLE), 10)[-1]
-    held = steps(make(counts, kl_coef=0.5, **ORACLE), 10)[-1]
+    exploited = steps(make(counts, kl_coef=0.0, **ORACLE), 9)[-1]
+    held = steps(make(counts, kl_coef=0.5, **ORACLE), 9)[-1]
     assert exploited["reward"] > 2, "the flaw was not found: the test tests nothing"
     assert exploited["distinct_2"] < 0.7 < held["distinct_2"]
     assert held["kl"] < 4 < exploited["kl"]
 
 
 def test_the_adaptive_coefficient_rises_where_the_kl_is_above_its_target(make: Build) -> None:
-    trainer = make(contains, kl_coef=0.02, kl_target=0.01, kl_horizon=100, **ORACLE)
-    coefficients = [m["kl_coef"] for m in steps(trainer, 4)]
+    trainer = make(contains, kl_coef=0.02, kl_target=0.001, kl_horizon=100, learning_rate=1e-3)
+    coefficients = [m["kl_coef"] for m in steps(trainer, 3)]
     assert coefficients[0] == 0.02
-    assert coefficients[1] == pytest.approx(0.02 * (1 - 0.2 * 1.28))  # no KL yet
-    assert coefficients[3] == pytest.approx(coefficients[2] * (1 + 0.2 * 1.28))
+    assert coefficients[1] == pytest.approx(0.02 * (1 - 0.2 * 0.16))  # no KL yet; 16 episodes of a horizon of 100
+    assert coefficients[2] == pytest.approx(coefficients[1] * (1 + 0.2 * 0.16))
 
 
 # ---- the first mini-batch
@@ -228,10 +237,15 @@ def test_padding_changes_no_logprob_value_or_reward(make: Build) -> None:
 # ---- the update
 
 
-def captured(trainer: PPOTrainer) -> Experience:
+def captured(trainer: PPOTrainer) -> tuple[Episodes, Experience]:
     """What one rollout hands to the update."""
-    seen = []
-    trainer.update = lambda episodes, experience, rollout: seen.append((episodes, experience)) or {}  # type: ignore
+    seen: list[tuple[Episodes, Experience]] = []
+
+    def update(episodes: Episodes, experience: Experience, rollout: int) -> dict[str, float]:
+        seen.append((episodes, experience))
+        return {}
+
+    trainer.update = update  # type: ignore[method-assign]
     trainer.step(1)
     return seen[0]
 
@@ -284,8 +298,9 @@ def test_lora_moves_adapters_alone_and_samples_from_them_merged(make: Build, tin
 # ---- the whole stage
 
 
-def test_a_killed_run_goes_on_as_if_undisturbed(make: Build, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"total_episodes": 64, "checkpoint_every": 16, "kl_target": 1.0, "kl_horizon": 100}
+@pytest.mark.parametrize("extra", [{}, {"lora": LoraConfig()}, {"zero_stage": 3}], ids=["plain", "lora", "zero3"])
+def test_a_killed_run_goes_on_as_if_undisturbed(make: Build, tmp_path: Path, extra: dict[str, Any]) -> None:
+    fields: dict[str, Any] = extra | {"total_episodes": 64, "checkpoint_every": 16, "kl_target": 1.0, "kl_horizon": 100}
     whole, broken = Run(tmp_path / "whole", "ppo"), Run(tmp_path / "broken", "ppo")
     make(contains, whole, **fields).train()
 
@@ -296,8 +311,9 @@ def test_a_killed_run_goes_on_as_if_undisturbed(make: Build, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         make(pulls_the_plug, broken, **fields).train()
-    assert broken.latest_checkpoint() is not None
-    assert broken.latest_checkpoint()[0] == 2  # so the third rollout is taken again
+    latest = broken.latest_checkpoint()
+    assert latest is not None
+    assert latest[0] == 2  # so the third rollout is taken again
     make(contains, broken, **fields).train()
 
     def numbers(run: Run) -> list[dict[str, float]]:
@@ -487,7 +503,7 @@ def trl112_trainer(recorded: dict[str, np.ndarray], folder: Path, micro_batch_si
     )
     run = Run(folder / "trl112", "ppo")
     run.folder.mkdir(parents=True)
-    step = mini_batch(config, run.workers)
+    step = config.mini_batch(run.workers)
 
     def engine(model: nn.Module) -> Any:
         return zero.initialize(model, step, run, torch.optim.SGD(model.parameters(), lr=trl112.LEARNING_RATE))

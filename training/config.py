@@ -215,9 +215,7 @@ class PPOConfig(TrainingConfig):
     def derived(self, workers: int) -> str:
         step = self.mini_batch(workers)
         updates = self.num_ppo_epochs * self.num_mini_batches
-        return (
-            f"{self.num_rollouts} rollouts of {self.batch_size} episodes, {updates} steps of {step.batch_size} on each"
-        )
+        return f"{self.num_rollouts} rollouts of {self.batch_size} episodes, {updates} steps of {step.batch_size} each"
 
 
 class EvaluateConfig(StageConfig):

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from serving.engine.api import SamplingParams
 from serving.engine.torch_engine import TorchEngine
 from training import zero
-from training.config import PPOConfig
+from training.config import LoraConfig, PPOConfig
 from training.data.prompts import read_prompts
 from training.data.split import split
 from training.ppo_math import warmed_up
 from training.ppo_models import RewardModel, Scorer, frozen_copy
 from training.ppo_rollout import Rollouts
-from training.ppo_trainer import PPOArguments, PPOModels, PPOTrainer, Reward, autocast_like, mini_batch
+from training.ppo_trainer import PPOArguments, PPOModels, PPOTrainer, Reward, autocast_like
 from training.run import Run, StageError
 from training.tokenizer import encode_prompt
 from training.trainer import peft_config
@@ -68,14 +68,13 @@ def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrain
 
 def build_models(config: PPOConfig, run: Run, policy: PreTrainedModel, reward: Reward | None) -> PPOModels:
     """Policy and critic on DeepSpeed engines, the frozen ones beside them."""
-    step = mini_batch(config, run.workers)
+    step = config.mini_batch(run.workers)
     reward_model = config.reward_model or str(run.of("reward").model)
     reference = None if config.lora else frozen_copy(policy)
     critic = load_scorer(reward_model)
     if config.lora:
-        policy = get_peft_model(policy, peft_config(config.lora, "CAUSAL_LM"))
-        adapted = get_peft_model(critic.model, peft_config(config.lora, "SEQ_CLS", modules_to_save=["score"]))
-        critic.model = adapted.get_base_model()
+        policy = adapted(policy, config.lora, "CAUSAL_LM")
+        critic.model = adapted(critic.model, config.lora, "SEQ_CLS", modules_to_save=["score"]).get_base_model()
     actor = on_deepspeed(policy, step, run, config.learning_rate)
     if reward is None:
         autocast = partial(autocast_like, actor)
@@ -83,7 +82,7 @@ def build_models(config: PPOConfig, run: Run, policy: PreTrainedModel, reward: R
     return PPOModels(
         policy=actor,
         critic=on_deepspeed(critic, step, run, config.critic_learning_rate),
-        reference=reference and reference.to(actor.device),
+        reference=reference.to(actor.device) if reference else None,
         reward=reward,
     )
 
@@ -100,6 +99,13 @@ def on_deepspeed(model: nn.Module, config: PPOConfig, run: Run, learning_rate: f
     warmup = math.ceil(config.warmup_ratio * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmed_up, warmup_steps=warmup))
     return zero.initialize(model, config, run, optimizer, schedule)
+
+
+def adapted(model: PreTrainedModel, lora: LoraConfig, task_type: str, **extra: Any) -> Any:
+    """The model with fresh adapters, which change nothing yet; all else is frozen but for what `extra` names."""
+    config = peft_config(lora, task_type, **extra)
+    assert config is not None
+    return get_peft_model(model, config)
 
 
 def load(auto: Any, folder: str, **options: Any) -> PreTrainedModel:

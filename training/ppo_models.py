@@ -97,7 +97,8 @@ class Scorer(nn.Module):
                 f"reward_model: {type(model).__name__} with num_labels={model.config.num_labels} is not a decoder "
                 "with one score; give a model folder that the reward stage wrote"
             )
-        self.model, self.mean, self.std = model, mean, std
+        self.model: Any = model
+        self.mean, self.std = mean, std
 
     def forward(self, width: int, **inputs: Tensor) -> Tensor:
         """Scores of the last `width` positions of [B, T] inputs, [B, width] in fp32."""

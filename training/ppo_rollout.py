@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,12 +44,16 @@ class Rollouts:
         self.engine.close()
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state(model: Any) -> dict[str, Tensor]:
     """The state dict under the names of the model without adapters, with W + ΔW where there is one (Hu et al. 2021)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
     for name, layer in base.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)  # type: ignore[operator]
-            state[f"{name}.weight"] = layer.get_base_layer().weight + delta
+            state[f"{name}.weight"] = merged_weight(layer)
     return state
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """One adapted layer's W + ΔW, in the layout of W."""
+    return layer.get_base_layer().weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
 from training import ppo_math, zero
-from training.config import ConfigError, PPOConfig
+from training.config import PPOConfig
 from training.ppo_models import Episodes, logprobs, logprobs_and_entropy, state_values
 from training.ppo_rollout import Rollouts
 from training.run import Run, StageError
@@ -63,7 +64,7 @@ class PPOArguments(_BaseConfig):
     def of(cls, config: PPOConfig, run: Run) -> Self:
         """The stage's settings as the trainer takes them; raises ConfigError where the batch does not divide."""
         own = {f.name for f in fields(cls)} - {f.name for f in fields(_BaseConfig)}
-        base = trainer_arguments(mini_batch(config, run.workers), run, num_train_epochs=1.0)
+        base = trainer_arguments(config.mini_batch(run.workers), run, num_train_epochs=1.0)
         return cls(**base, use_cache=True, **{name: getattr(config, name) for name in own})
 
     @property
@@ -73,26 +74,6 @@ class PPOArguments(_BaseConfig):
     @property
     def local_batch_size(self) -> int:
         return self.local_mini_batch_size * self.num_mini_batches
-
-
-def mini_batch(config: PPOConfig, workers: int) -> PPOConfig:
-    """The config of one optimiser step: its batch is a mini-batch of the rollout. Raises ConfigError."""
-    parts = workers * config.num_mini_batches
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"ppo.batch_size={config.batch_size} is not divisible by workers × num_mini_batches = "
-            f"{workers} × {config.num_mini_batches} = {parts}; change one of the three"
-        )
-    local = config.batch_size // parts
-    micro = min(config.micro_batch_size, local)
-    if local % micro:
-        raise ConfigError(
-            f"ppo.micro_batch_size={micro} does not divide a worker's mini-batch, batch_size / (workers × "
-            f"num_mini_batches) = {local}; change one of the four"
-        )
-    return config.model_copy(
-        update={"batch_size": config.batch_size // config.num_mini_batches, "micro_batch_size": micro}
-    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +109,7 @@ class PPOTrainer(_BaseTrainer):
     """Proximal policy optimisation of a causal LM from a reward per completion."""
 
     args: PPOArguments
-    _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    processing_class: Any
     _name = "PPO"
 
     def __init__(
@@ -259,9 +240,9 @@ class PPOTrainer(_BaseTrainer):
                 actions = ppo_math.sum_over_ranks(episodes.mask[rows].sum())
                 for micro in episodes.micro_batches(rows, self.args.per_device_train_batch_size):
                     sums += self.learn(episodes.pick(micro), micro, experience, self.run.workers / actions)
-        *totals, actions = zero.sum_over_workers(sums.tolist())
+        *totals, taken = zero.sum_over_workers(sums.tolist())
         names = ("policy_loss", "value_loss", "clipfrac", "value_clipfrac", "approx_kl")
-        return {name: total / actions for name, total in zip(names, totals, strict=True)}
+        return {name: total / taken for name, total in zip(names, totals, strict=True)}
 
     def learn(self, part: Episodes, rows: Tensor, experience: Experience, share: Tensor) -> Tensor:
         """Gradients of one micro-batch; DeepSpeed takes the optimiser's step after a mini-batch's last one.
@@ -370,6 +351,10 @@ def derived_seed(*parts: object) -> int:
 
 def shuffled(position: int, size: int, seed: int) -> int:
     """What stands at `position` of an endless stream that goes through 0…size−1 in a new order each time."""
-    epoch, offset = divmod(position, size)
-    generator = torch.Generator().manual_seed(derived_seed(seed, "prompts", epoch))
-    return int(torch.randperm(size, generator=generator)[offset])
+    turn, offset = divmod(position, size)
+    return permutation(size, derived_seed(seed, "prompts", turn))[offset]
+
+
+@lru_cache(maxsize=2)
+def permutation(size: int, seed: int) -> list[int]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
