@@ -51,7 +51,9 @@ def applications(config: ServerConfig) -> dict[str, Any]:
         graceful_shutdown_timeout_s=1,
     )(ModelService)
     device = "cuda" if config.gpus_per_replica else "cpu"
-    return {"chat": chat.bind(config.chat, device), "models": models.bind({"chat": sorted(config.chat)})}
+    # A replica may run elsewhere: paths are made absolute where they were given.
+    held = {name: m.model_copy(update={"model": str(m.folder.resolve())}) for name, m in config.chat.items()}
+    return {"chat": chat.bind(held, device), "models": models.bind({"chat": sorted(config.chat)})}
 
 
 def _resources(config: ServerConfig) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def _deploy(config: ServerConfig) -> None:
     from ray.serve.config import gRPCOptions
 
     serve.start(
-        http_options={"host": HOST, "port": _free_port()},  # Serve cannot do without; nothing is served there
+        http_options={"host": HOST, "port": free_port()},  # Serve cannot do without; nothing is served there
         grpc_options=gRPCOptions(
             port=config.port,
             grpc_servicer_functions=SERVICER_FUNCTIONS,
@@ -138,15 +140,20 @@ def _startup_error() -> ServerConfigError | None:
 
 
 def _check_port(port: int) -> None:
-    with socket.socket(socket.AF_INET6) as probe:
+    """Serve's proxy only logs that it cannot listen, so we try first: every interface, IPv4 and 6, as it does."""
+    dual = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if dual:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
-            probe.bind(("::", port))
+            probe.bind(("", port))
         except OSError as error:
             raise ServerConfigError(f"port={port}: cannot be listened on ({error.strerror}); choose another") from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -8,7 +8,6 @@ vLLM's definitions: TTFT from sending a request to its first output, inter-token
 import asyncio
 import gc
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -93,13 +92,10 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _served(folder: str, threads: int, prompts: Sequence[str]) -> list[Measured]:
-    from services.app import running
+    from services.app import free_port, running
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     chat = {NAME: ChatModelConfig(model=folder, dtype="bf16", max_num_seqs=CLIENTS)}
-    with running(ServerConfig(chat=chat, port=port, threads=threads)) as address:
+    with running(ServerConfig(chat=chat, port=free_port(), threads=threads)) as address:
         return asyncio.run(_clients(address, prompts))
 
 

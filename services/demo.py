@@ -4,7 +4,6 @@ Beside our model, which saw a few million tokens, answers one that its makers pr
 second run skips what is done.
 """
 
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,22 +48,19 @@ def pretrained_file() -> Path:
 def _about(pretrain: object) -> str:
     tokens = getattr(pretrain, "tokens", 0)
     return (
-        f"{OURS} is the model that this machine trained, from nothing, on {tokens / 1e6:.1f} million tokens of small "
-        "talk: it knows\nhow a chat sounds, and little else. "
-        f"{THEIRS} is SmolLM2-135M-Instruct: its makers pretrained it on\n2 trillion tokens, here it was only imported. "
-        "Both answer through the same service."
+        f"{OURS} is what this machine trained, from nothing, on {tokens / 1e6:.1f} million tokens of small talk: it "
+        "has\nlearnt how a chat sounds, and little else. "
+        f"{THEIRS} is SmolLM2-135M-Instruct: its makers pretrained it on 2 trillion\ntokens, and here it was only "
+        "imported. Both answer through the same service."
     )
 
 
 def _serve_and_ask(models: dict[str, str], about: str) -> None:
-    from services.app import running
+    from services.app import free_port, running
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     chat = {name: ChatModelConfig(model=model, max_num_seqs=4) for name, model in models.items()}
     typer.echo("\nstarting the service ...")
-    with running(ServerConfig(chat=chat, port=port)) as address, Client(address) as client:
+    with running(ServerConfig(chat=chat, port=free_port())) as address, Client(address) as client:
         typer.echo(f"{about}\n")
         for model in models:
             for question in QUESTIONS:
