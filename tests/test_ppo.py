@@ -198,10 +198,17 @@ def test_the_critic_is_the_reward_model_at_step_0(make: Build, tiny_world: TinyW
     assert state_values(trainer.models.critic, episodes)[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampler_and_trainer_agree_on_logprobs(make: Build, temperature: float) -> None:
-    """The engine's are those of the model's own distribution; at another temperature the same logits are scaled."""
-    trainer = make(temperature=temperature)
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"temperature": 0.7}, {"lora": LoraConfig()}, {"zero_stage": 3}],
+    ids=["plain", "0.7", "lora", "zero3"],
+)
+def test_sampler_and_trainer_agree_on_logprobs(make: Build, extra: dict[str, Any]) -> None:
+    """After an update too. The engine's are of the model's own distribution; at a temperature the logits are scaled."""
+    trainer = make(contains, learning_rate=1e-2, **extra)
+    temperature = trainer.args.temperature
+    assert trainer.step(1)["approx_kl"] > 1e-3
+    trainer.rollouts.refresh()
     prompts, seeds = trainer.next_prompts(1)
     params = [replace(trainer.rollouts.params, seed=seed, logprobs=True) for seed in seeds]
     drawn = trainer.rollouts.engine.generate_all(prompts, params)
