@@ -12,7 +12,7 @@ RESOURCE_EXHAUSTED), with growing pauses, inside the call's timeout. Everything 
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -28,6 +28,7 @@ FinishReason = Literal["stop", "length"]
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _FIRST_PAUSE_S = 0.2
+_OPTIONS = (("grpc.use_local_subchannel_pool", 1),)  # a connection of one's own, which no other client can spoil
 _CHAT = (("application", "chat"),)  # Serve routes by it
 _MODELS = (("application", "models"),)
 _ROLES = {"system": chat_pb2.ROLE_SYSTEM, "user": chat_pb2.ROLE_USER, "assistant": chat_pb2.ROLE_ASSISTANT}
@@ -82,7 +83,7 @@ class Client(_Transport):
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
-        super().__init__(grpc.insecure_channel(address), timeout, retries)
+        super().__init__(grpc.insecure_channel(address, _OPTIONS), timeout, retries)
 
     def chat(self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any) -> Reply:
         """The whole answer; `config` has the fields of GenerationConfig (max_new_tokens, temperature, stop, ...)."""
@@ -131,7 +132,7 @@ class ChatStream:
 
     def __init__(self, call: Any, request: chat_pb2.StreamChatRequest, attempts: "_Attempts") -> None:
         self._collected = _Collected()
-        self._pieces = self._run(call, request, attempts)
+        self._pieces = _pieces(call, request, attempts, self._collected)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -154,26 +155,29 @@ class ChatStream:
         """Raises RuntimeError before the end."""
         return self._collected.reply()
 
-    def _run(self, open_call: Any, request: Any, attempts: "_Attempts") -> Any:
-        while True:
-            call = open_call(request, timeout=attempts.remaining(), metadata=_CHAT)
-            try:
-                for message in call:
-                    if piece := self._collected.add(message):
-                        yield piece
-                return
-            except grpc.RpcError as error:
-                pause = attempts.pause_after(error, delivered=self._collected.started)
-            finally:
-                call.cancel()
-            time.sleep(pause)
+
+# No method of ChatStream: it would refer to the stream that refers to it, and a loop that is left would cancel its call
+# only when the garbage collector comes by.
+def _pieces(open_call: Any, request: Any, attempts: "_Attempts", collected: "_Collected") -> Generator[str, None, None]:
+    while True:
+        call = open_call(request, timeout=attempts.remaining(), metadata=_CHAT)
+        try:
+            for message in call:
+                if piece := collected.add(message):
+                    yield piece
+            return
+        except grpc.RpcError as error:
+            pause = attempts.pause_after(error, delivered=collected.started)
+        finally:
+            call.cancel()
+        time.sleep(pause)
 
 
 class AsyncClient(_Transport):
     """`Client` for asyncio: the same methods, awaited; `stream_chat` gives an async iterator."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
-        super().__init__(grpc.aio.insecure_channel(address), timeout, retries)
+        super().__init__(grpc.aio.insecure_channel(address, _OPTIONS), timeout, retries)
 
     async def chat(self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any) -> Reply:
         request = _request(chat_pb2.ChatRequest, messages, model, config)
@@ -219,7 +223,7 @@ class AsyncChatStream:
 
     def __init__(self, call: Any, request: chat_pb2.StreamChatRequest, attempts: "_Attempts") -> None:
         self._collected = _Collected()
-        self._pieces = self._run(call, request, attempts)
+        self._pieces = _async_pieces(call, request, attempts, self._collected)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self._pieces
@@ -239,19 +243,22 @@ class AsyncChatStream:
         """Raises RuntimeError before the end."""
         return self._collected.reply()
 
-    async def _run(self, open_call: Any, request: Any, attempts: "_Attempts") -> Any:
-        while True:
-            call = open_call(request, timeout=attempts.remaining(), metadata=_CHAT)
-            try:
-                async for message in call:
-                    if piece := self._collected.add(message):
-                        yield piece
-                return
-            except grpc.RpcError as error:
-                pause = attempts.pause_after(error, delivered=self._collected.started)
-            finally:
-                call.cancel()
-            await asyncio.sleep(pause)
+
+async def _async_pieces(
+    open_call: Any, request: Any, attempts: "_Attempts", collected: "_Collected"
+) -> AsyncGenerator[str, None]:
+    while True:
+        call = open_call(request, timeout=attempts.remaining(), metadata=_CHAT)
+        try:
+            async for message in call:
+                if piece := collected.add(message):
+                    yield piece
+            return
+        except grpc.RpcError as error:
+            pause = attempts.pause_after(error, delivered=collected.started)
+        finally:
+            call.cancel()
+        await asyncio.sleep(pause)
 
 
 class _Attempts:

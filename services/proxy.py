@@ -5,7 +5,6 @@ application of each service, so that a client need not send Serve's `application
 status, since Serve's own (a replica that died, a full queue, a timeout) show actor ids, addresses and pids.
 """
 
-import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -58,33 +57,11 @@ def _handler(serves: Callable[..., Handler], application: str, *, service_method
         return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
-        async for message in _pumped(inner(request, _Routed(context, application)), context):
+        async for message in inner(request, _Routed(context, application)):
             yield message
         conceal(context)
 
     return stream if streaming_type.name.endswith("_STREAM") else unary
-
-
-async def _pumped(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-    """`messages`, read by a task of its own, which ends with the call.
-
-    Serve cancels the replica's work only if the cancellation finds it waiting for the next message. A client that goes
-    while a message is being written would leave the replica at work to the end of the answer. This task always waits.
-    """
-    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-    async def pump() -> None:
-        try:
-            async for message in messages:
-                queue.put_nowait(message)
-        finally:
-            queue.put_nowait(None)
-
-    task = asyncio.create_task(pump())
-    context.add_done_callback(lambda _: task.cancel())
-    while (message := await queue.get()) is not None:
-        yield message
-    await task
 
 
 class _Routed:

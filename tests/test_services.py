@@ -232,6 +232,24 @@ def test_leaving_a_loop_and_missing_a_deadline_free_the_slot(client: Client) -> 
     assert client.chat("What is bread?", model="long", max_new_tokens=2, timeout=20).completion_tokens <= 2
 
 
+def test_a_client_that_stopped_reading_frees_the_slot_when_it_goes(server: Server, client: Client) -> None:
+    """The proxy is then in the middle of a write, and not waiting for the replica's next message."""
+    request = chat_pb2.StreamChatRequest(
+        model="long",
+        messages=[chat_pb2.Message(role=chat_pb2.ROLE_USER, content="What is bread?")],
+        config=chat_pb2.GenerationConfig(max_new_tokens=LONG, logprobs=True),
+    )
+    small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
+    with grpc.insecure_channel(server.address, small_window) as channel:
+        calls = [chat_pb2_grpc.ChatServiceStub(channel).StreamChat(request) for _ in range(SLOTS)]
+        for call in calls:
+            next(call)
+        time.sleep(3)  # until the flow-control window is full
+        for call in calls:
+            call.cancel()
+        assert client.chat("What is bread?", model="long", max_new_tokens=2, timeout=10).completion_tokens == 2
+
+
 def test_overload_is_refused_at_once_and_ends(server: Server, client: Client) -> None:
     """SLOTS answer and WAITING wait; the next is RESOURCE_EXHAUSTED, and a client with patience gets through."""
     streams = [client.stream_chat("a", model="long", max_new_tokens=LONG, seed=5) for _ in range(SLOTS)]
