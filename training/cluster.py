@@ -24,7 +24,8 @@ from training.run import Run, StageError, write_atomic
 
 RESTARTS = 3  # of the workers, before a stage is given up
 
-_QUIET = {
+_RAY = {
+    "RAY_worker_niceness": "0",  # by default 15: any other program on the machine would starve the workers
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -36,7 +37,7 @@ _QUIET = {
 @contextmanager
 def ray_session() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or one of our own on loopback that ends with the block and leaves no file."""
-    os.environ.update(_QUIET)
+    os.environ.update(_RAY)
     import ray
 
     if ray.is_initialized():

@@ -1,0 +1,167 @@
+"""The whole recipe through Ray, as a user runs it; then again, with its processes killed in every stage."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from training.run import Run
+
+STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
+WAIT = 240  # seconds for one thing to happen, on a busy machine
+
+
+def nano(world):
+    """Every stage, as small as it goes, with a checkpoint every few steps."""
+    shared = {"batch_size": 8, "micro_batch_size": 8, "checkpoint_every": 4, "dtype": "fp32"}
+    small = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 128}
+    return {
+        "name": "nano",
+        "seed": 5,
+        "val_fraction": 0.2,
+        "tokenizer": {"text": [str(world.corpus)], "vocab_size": 512},
+        "pretrain": {"text": [str(world.corpus)], "tokens": 8 * 128 * 60, "learning_rate": 3e-3, **small, **shared},
+        "sft": {"chats": [str(world.chats)], "num_train_epochs": 8, "learning_rate": 1e-2, **shared},
+        "rank": {"prompts": [str(world.prompts)], "num_prompts": 16, "max_new_tokens": 32},
+        "reward": {"rankings": [str(world.rankings)], "num_train_epochs": 10, "learning_rate": 3e-3, **shared},
+        "ppo": {"prompts": [str(world.prompts)], "total_episodes": 160, "response_length": 16, **shared},
+        "evaluate": {"num_prompts": 8, "max_new_tokens": 16},
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_world):
+    folder = tmp_path_factory.mktemp("end_to_end")
+    (folder / "nano.yaml").write_text(yaml.safe_dump(nano(tiny_world)), "utf-8")
+    return folder
+
+
+def start(folder, name):
+    command = [sys.executable, "-m", "services.cli", "train", "nano.yaml", "--run", name]
+    log = (folder / f"{name}.log").open("a")
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(process, folder, name):
+    assert process.wait(WAIT * 2) == 0, (folder / f"{name}.log").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    finish(start(folder, "undisturbed"), folder, "undisturbed")
+    return folder / "runs" / "undisturbed"
+
+
+def test_every_stage_leaves_a_manifest_and_metrics(undisturbed):
+    for stage in STAGES:
+        assert (undisturbed / stage / "manifest.json").exists()
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert (undisturbed / stage / "model" / "model.safetensors").exists()
+        assert not (undisturbed / stage / "checkpoints").exists()
+
+
+def test_the_same_command_again_has_nothing_to_do(undisturbed, folder):
+    finish(start(folder, "undisturbed"), folder, "undisturbed")
+    assert "nothing to do: every stage is done" in (folder / "undisturbed.log").read_text()
+
+
+def test_a_report_can_be_drawn(undisturbed):
+    from training.report import write_report
+
+    page = write_report(undisturbed).read_text("utf-8")
+    assert re.search("ppo", page, re.IGNORECASE)
+
+
+def descendants(process, name):
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if name in " ".join(cmdline(p))]
+
+
+def cmdline(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def wait_for_step(run, step, process):
+    """Until the stage has taken `step` steps; the process must not end before."""
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in run.metrics()):
+            return
+        assert process.poll() is None, f"the driver ended before {run.stage} took step {step}"
+        time.sleep(0.02)
+    raise AssertionError(f"{run.stage} never took step {step}")
+
+
+def kill_worker(process):
+    for worker in descendants(process, "RayTrainWorker"):
+        worker.kill()
+
+
+def kill_driver(process):
+    """And wait until nothing of what it had started is left."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+def kill_ray(process):
+    for name in ("gcs_server", "raylet"):
+        for server in descendants(process, name):
+            server.kill()
+
+
+KILLS = {"worker": kill_worker, "driver": kill_driver, "ray": kill_ray}
+# Each kind once; KILL=all in the environment takes every kind in every stage, one after the other.
+PLAN = [("pretrain", ["worker"]), ("sft", ["driver"]), ("reward", ["ray"]), ("ppo", ["worker", "driver"])]
+ALL = [(stage, list(KILLS)) for stage in ("pretrain", "sft", "reward", "ppo")]
+
+
+@pytest.mark.timeout(3000)
+def test_killed_in_every_stage_it_finishes_with_the_same_losses(undisturbed, folder):
+    process = start(folder, "killed")
+    for stage, kinds in ALL if os.environ.get("KILL") == "all" else PLAN:
+        run = Run(folder / "runs" / "killed", stage)
+        for number, kind in enumerate(kinds):
+            wait_for_step(run, 6 + 4 * number, process)
+            KILLS[kind](process)
+            if kind == "ray":  # the driver says so and ends; it does not hang
+                assert process.wait(WAIT) != 0
+            if kind != "worker":
+                process = start(folder, "killed")
+    finish(process, folder, "killed")
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert trajectory(folder / "runs" / "killed", stage) == trajectory(undisturbed, stage)
+
+
+def trajectory(root: Path, stage):
+    """Every logged number that is not a rate."""
+    lines = Run(root, stage).metrics()
+    timing = re.compile("time|per_second")
+    return [{k: v for k, v in line.items() if not timing.search(k)} for line in lines]
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_process(folder):
+    process = start(folder, "interrupted")
+    wait_for_step(Run(folder / "runs" / "interrupted", "pretrain"), 2, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT) == 130
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+def test_nothing_is_left_behind(undisturbed):
+    """No worker of ours still runs, whatever was killed above."""
+    mine = [p for p in psutil.process_iter(["pid"]) if str(undisturbed.parents[1]) in " ".join(cmdline(p))]
+    assert not mine
