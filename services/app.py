@@ -19,6 +19,7 @@ SERVICER_FUNCTIONS = [f"services.proxy.add_{name}_service" for name in ("chat", 
 # Read by Ray's processes when they start.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # by default 15: any other program on the machine would starve the replicas
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
