@@ -143,7 +143,7 @@ def test_a_named_model_takes_the_parents_place(world, tiny_world):
 
 def test_the_plan_prints_the_derived_numbers(world):
     text = pipeline.describe(recipe(world), pipeline.plan(recipe(world), world / "runs"))
-    assert "100,000 tokens = 12 steps × 32 (1 workers × micro 8 × accumulation 4) × 256" in text
+    assert "100,000 tokens = 12 steps × 32 (workers 1 × micro 8 × accumulation 4) × 256" in text
     assert "2 epochs" in text
 
 

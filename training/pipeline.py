@@ -170,7 +170,7 @@ def _parameters(recipe: Recipe, config: PretrainConfig) -> str:
 
 def _batch(recipe: Recipe, config: TrainingConfig) -> str:
     accumulation = config.gradient_accumulation_steps(recipe.workers)
-    parts = f"{recipe.workers} workers × micro {config.micro_batch_size} × accumulation {accumulation}"
+    parts = f"workers {recipe.workers} × micro {config.micro_batch_size} × accumulation {accumulation}"
     return f"{config.batch_size} ({parts})"
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -34,7 +33,7 @@ def run(config: PretrainConfig, run: Run) -> None:
     """Text to a causal LM. Raises StageError for text too short to train on, and for a loss that is not a number."""
     zero.init_distributed(run.device)
     zero.seed_everything(run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(run.of("tokenizer").model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run.of("tokenizer").model)
     train, val = _data(config, run, tokenizer)
 
     model = build_model(config, tokenizer)
