@@ -5,6 +5,7 @@ application of each service, so that a client need not send Serve's `application
 status, since Serve's own (a replica that died, a full queue, a timeout) show actor ids, addresses and pids.
 """
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -52,30 +53,97 @@ def _handler(serves: Callable[..., Handler], application: str, *, service_method
     inner = serves(service_method=service_method, streaming_type=streaming_type)
 
     async def unary(request: Any, context: Any) -> bytes:
-        response = await inner(request, _Routed(context, application))
-        conceal(context)
+        call = _Call(context, application)
+        response = await inner(request, call)
+        call.end(context)
         return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
-        async for message in inner(request, _Routed(context, application)):
-            yield message
-        conceal(context)
+        """The messages, read by a task of their own.
+
+        Serve cancels the replica's work only if the client's going finds it waiting for the replica, as that task
+        always is. Going while a message is written just closes this generator, and would leave the replica at work to
+        the end of the answer.
+        """
+        call = _Call(context, application)
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        reader = asyncio.create_task(_read(inner(request, call), queue))
+        try:
+            while (message := await queue.get()) is not None:
+                yield message
+            await reader
+            call.end(context)
+        finally:
+            reader.cancel()
 
     return stream if streaming_type.name.endswith("_STREAM") else unary
 
 
-class _Routed:
-    """A call's context whose metadata names the application."""
+async def _read(messages: AsyncIterator[bytes], queue: "asyncio.Queue[bytes | None]") -> None:
+    """Moves messages into the queue as they come, then None."""
+    try:
+        async for message in messages:
+            queue.put_nowait(message)
+    finally:
+        queue.put_nowait(None)
+
+
+class _Call:
+    """What Serve reads and writes of a call's context, with metadata that names the application.
+
+    It stands apart from the context because Serve's part may outlive the call, and grpcio 1.85 crashes the process when
+    the context of an ended call is asked for its peer.
+    """
 
     def __init__(self, context: Any, application: str) -> None:
-        self._context, self._application = context, application
+        sent = tuple(context.invocation_metadata() or ())
+        self._metadata = (*(pair for pair in sent if pair[0] != "application"), ("application", application))
+        self._peer, self._auth = context.peer(), context.auth_context()
+        self._identities, self._identity_key = context.peer_identities(), context.peer_identity_key()
+        self._code: grpc.StatusCode | None = None
+        self._details = ""
+        self._trailing: tuple[Any, ...] = ()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+    def end(self, context: Any) -> None:
+        """Puts the status on the real context, in words that are ours."""
+        conceal(self)
+        if self._code is not None:
+            context.set_code(self._code)
+            context.set_details(self._details)
+        context.set_trailing_metadata(self._trailing)
 
     def invocation_metadata(self) -> tuple[Any, ...]:
-        sent = tuple(self._context.invocation_metadata() or ())
-        return (*(pair for pair in sent if pair[0] != "application"), ("application", self._application))
+        return self._metadata
+
+    def peer(self) -> str:
+        return self._peer
+
+    def auth_context(self) -> Any:
+        return self._auth
+
+    def peer_identities(self) -> Any:
+        return self._identities
+
+    def peer_identity_key(self) -> Any:
+        return self._identity_key
+
+    def code(self) -> grpc.StatusCode | None:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> tuple[Any, ...]:
+        return self._trailing
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def set_details(self, details: str) -> None:
+        self._details = details
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        self._trailing = tuple(metadata)
 
 
 def conceal(context: Any) -> None:

@@ -216,7 +216,7 @@ def test_a_message_above_4_mib_is_refused(client: Client) -> None:
 
 def test_cancelling_frees_the_slot(client: Client) -> None:
     """More long answers than there are slots, one after another: each gets its first token only in a free slot."""
-    for _ in range(3 * SLOTS):
+    for _ in range(20):
         stream = client.stream_chat("What is bread?", model="long", max_new_tokens=LONG, timeout=20)
         assert next(stream)
         stream.close()
@@ -300,9 +300,8 @@ def test_the_command_says_what_is_wrong_in_one_line(server: Server, tmp_path: Pa
 
 
 def test_the_server_says_how_to_reach_it(server: Server) -> None:
-    assert (
-        server.address in server.greeting and "chat --server" in server.greeting and "--model tiny" in server.greeting
-    )
+    assert f"chatforge chat --server {server.address} --model " in server.greeting
+    assert all(name in server.greeting for name in ("tiny", "long"))
 
 
 # ---- a replica dies, and the end; these come last
@@ -334,7 +333,7 @@ def test_ctrl_c_ends_every_process_and_leaves_no_file(server: Server) -> None:
     assert scratch.is_dir()
     server.process.send_signal(signal.SIGINT)
     out, err = server.process.communicate(timeout=60)
-    assert (server.process.returncode, out, err) == (130, "", "")
+    assert (server.process.returncode, err) == (130, "") and "Traceback" not in out
     assert psutil.wait_procs(family, timeout=20)[1] == []
     assert not scratch.exists()
 
