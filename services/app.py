@@ -4,8 +4,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,8 +83,11 @@ def running(config: ServerConfig) -> Iterator[str]:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: the replicas keep their logs
     scratch = tempfile.mkdtemp(prefix="chatforge-")  # Ray's sockets live there: their paths must stay short
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         _start_ray(config, scratch)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put one there that aborts
         _deploy(config)
         yield f"{HOST}:{config.port}"
     finally:

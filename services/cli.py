@@ -186,7 +186,6 @@ def serve(
 
     typer.echo(f"starting {', '.join(settings.chat)} ...")
     with running(settings) as address:
-        signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own there
         first = next(iter(settings.chat))
         for name, model in settings.chat.items():
             typer.echo(f"  {name:<24} {model.folder}")
