@@ -42,6 +42,10 @@ def _exit_code(error: Exception) -> int | None:
     """None for a bug, whose traceback is worth more than a line."""
     if isinstance(error, ValueError):
         return 2
+    from training.run import StageCrashed
+
+    if isinstance(error, StageCrashed):
+        return 1
     called = getattr(error, "code", None)  # services.client.CallError, which is not imported for this
     if called in ("INVALID_ARGUMENT", "NOT_FOUND"):
         return 2
@@ -251,7 +255,7 @@ def bench_serve(
 
 @bench.command("train")
 def bench_train() -> None:
-    """Tokens per second of the pretraining loop, beside a plain PyTorch loop and transformers' Trainer."""
+    """Tokens per second of the pretraining loop, beside a bare PyTorch loop."""
     from training.bench import bench_training
 
     bench_training()

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 from training.config import ConfigError, StageConfig
 from training.device import ENVIRONMENT, backend, choose_device
 from training.progress import Progress
-from training.run import Run, StageError, write_atomic
+from training.run import Run, StageCrashed, StageError, write_atomic
 
 RESTARTS = 3  # of the workers, before a stage is given up
 
@@ -44,6 +45,7 @@ def ray_session() -> Iterator[None]:
         yield
         return
     scratch = None
+    on_terminate = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
@@ -57,6 +59,8 @@ def ray_session() -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             _temp_dir=scratch,
         )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put one there that aborts
     try:
         yield
     finally:
@@ -75,7 +79,7 @@ def resolve_device(requested: str, workers: int) -> str:
 def run_stage(config: StageConfig, run: Run) -> None:
     """Runs `training.STAGE.run(config, run)` on `run.workers` workers and shows its progress.
 
-    Raises StageError or ConfigError as the stage did, RuntimeError when workers died more than RESTARTS times.
+    Raises StageError or ConfigError as the stage did, StageCrashed when workers died more than RESTARTS times.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     _failure(run).unlink(missing_ok=True)
@@ -113,7 +117,9 @@ def _fit(config: StageConfig, run: Run) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         log = run.folder / "worker-0.log"
-        raise RuntimeError(f"stage {run.stage} failed after {RESTARTS} restarts; see {log}\n{_cause(error)}") from error
+        raise StageCrashed(f"{run.stage} failed after {RESTARTS} restarts: {_cause(error)}; see {log}") from error
+    except ray.exceptions.RayError as error:
+        raise StageCrashed(f"{run.stage}: Ray went away ({_cause(error)}); run the same command again") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 

@@ -26,6 +26,10 @@ class StageError(ValueError):
     """A stage that cannot succeed, whatever is retried: wrong data, or a gate that its result did not pass."""
 
 
+class StageCrashed(RuntimeError):
+    """A stage whose workers died too often, or that lost Ray under it; the same command goes on."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One stage inside one run, as every worker of the stage sees it."""
