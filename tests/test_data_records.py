@@ -7,7 +7,7 @@ import pytest
 from training.data.chats import read_chats
 from training.data.prompts import read_prompts
 from training.data.rankings import pairs, read_rankings
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.data.split import split
 
 

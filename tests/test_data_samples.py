@@ -7,7 +7,8 @@ import pytest
 from training.data import samples
 from training.data.chats import read_chats
 from training.data.prompts import read_prompts
-from training.data.sources import DataError, resolve
+from training.data.records import DataError
+from training.data.sources import resolve
 from training.data.split import held_out
 from training.data.text import read_documents
 

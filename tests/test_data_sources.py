@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from training.data import sources
-from training.data.sources import DataError, fingerprint, read, resolve
+from training.data.records import DataError
+from training.data.sources import fingerprint, read, resolve
 
 ROWS = [{"text": "one"}, {"text": "two\nlines"}, {"text": "drei – 🙂"}]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.data.split import held_out, unseen
 from training.data.text import PackedTokens, order, positions, read_documents, read_index, tokenize_to_shards
 from training.run import Run

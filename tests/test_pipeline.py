@@ -7,7 +7,7 @@ import pytest
 
 from training import pipeline
 from training.config import ConfigError, Recipe
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.run import StageError, save_model, write_atomic
 
 

@@ -9,7 +9,7 @@ from training import rank
 from training.config import RankConfig
 from training.data.prompts import read_prompts
 from training.data.rankings import pairs, read_rankings
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.data.split import held_out
 from training.judges import judge
 from training.rank import choose_prompts, completions_path, parse_order, rank_in_terminal, rankings_path, ranks_of, run

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from training.config import TokenizerConfig
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.run import Run
 from training.tokenizer import SPECIAL_TOKENS, encode_completion, encode_prompt, run, stop_ids
 

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from training.config import RankConfig
 from training.data.prompts import Prompt, read_prompts
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.data.split import split, unseen
 from training.judges import Judge, judge
 from training.run import Run, StageError, read_jsonl, write_atomic

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.config import TokenizerConfig
 from training.data.chats import Message
-from training.data.sources import DataError
+from training.data.records import DataError
 from training.data.split import held_out
 from training.data.text import Document, read_documents
 from training.run import Run, save_model

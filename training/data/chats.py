@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.data.sources import Fields, read, record_key
+from training.data.records import Fields
+from training.data.sources import read, record_key
 from training.data.split import normalised
 
 Message = dict[str, str]  # role: system, user or assistant; content

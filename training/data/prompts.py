@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.data.chats import Message, check_messages, first_user_message, spoken
-from training.data.sources import Fields, read, record_key
+from training.data.records import Fields
+from training.data.sources import read, record_key
 
 
 @dataclass(frozen=True)

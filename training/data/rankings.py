@@ -13,7 +13,8 @@ from typing import Any
 
 from training.data.chats import Message, first_user_message, spoken
 from training.data.prompts import as_messages
-from training.data.sources import Fields, read, record_key
+from training.data.records import Fields
+from training.data.sources import read, record_key
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from training.data.sources import DataError, Fields
+from training.data.records import DataError, Fields
 
 PACKAGE = "chitchat-dataset"
 

@@ -14,16 +14,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from training.run import StageError
+from training.data.records import DataError, Fields
 
 Parsed = TypeVar("Parsed")
-Fields = dict[str, Any]
-
-
-class DataError(StageError):
-    """Data that cannot be used; the message points to the source, and to the first bad record in it."""
 
 
 @dataclass(frozen=True)

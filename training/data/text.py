@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from training.data.sources import DataError, Fields, fingerprint, read, record_key
+from training.data.records import DataError, Fields
+from training.data.sources import fingerprint, read, record_key
 from training.data.split import digest, held_out, normalised
 from training.run import Run, folder_atomic
 
