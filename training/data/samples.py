@@ -25,6 +25,7 @@ from training.data.records import DataError, Fields
 
 PACKAGE = "chitchat-dataset"
 
+MAX_PROMPT = 50  # characters
 MAX_USER = 100  # characters of a user's turn in a chat
 MAX_ASSISTANT = 120
 MAX_TURNS = 4  # of a chat: two exchanges
@@ -80,7 +81,7 @@ def _chats() -> Iterator[Fields]:
 def _prompts() -> Iterator[Fields]:
     for key, turns in _conversations():
         openers = (_opener(turn) for turn in turns)
-        yield from ({"id": key, "prompt": text} for text in openers if _short(text, MAX_USER))
+        yield from ({"id": key, "prompt": text} for text in openers if _short(text, MAX_PROMPT))
 
 
 SAMPLES: dict[str, Callable[[], Iterator[Fields]]] = {
