@@ -49,7 +49,8 @@ def ray_session() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        scratch = tempfile.mkdtemp(prefix="chatforge-ray-")
+        _sweep()
+        scratch = _scratch()
         ray.init(
             address="local",
             include_dashboard=False,
@@ -100,7 +101,7 @@ def _fit(config: StageConfig, run: Run) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus = max(1, int(ray.cluster_resources()["CPU"]) // run.workers)
-    storage = tempfile.mkdtemp(prefix="chatforge-train-")
+    storage = _scratch()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config, "run": run},
@@ -147,6 +148,19 @@ def _log_to(path: Path) -> None:
     os.dup2(file, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _scratch() -> str:
+    """A temporary folder that bears our pid; its path is short, since Ray's sockets live there."""
+    return tempfile.mkdtemp(prefix=f"chatforge-{os.getpid()}-")
+
+
+def _sweep() -> None:
+    """Remove the scratch of drivers that were killed and could not."""
+    for folder in Path(tempfile.gettempdir()).glob("chatforge-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _failure(run: Run) -> Path:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from training.run import Run
 
+HEADLINE = ("loss", "reward", "kl", "tokens_per_second", "episodes_per_second")  # what a bar of 80 columns has room for
 LINE_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 
@@ -41,7 +42,7 @@ class Progress:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:>9}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -57,7 +58,8 @@ class Progress:
     def _advance(self, bar: Any, task: Any) -> None:
         latest = self._latest()
         if latest:
-            bar.update(task, completed=latest["step"], total=latest["total"], metrics=_metrics(latest))
+            shown = {name: latest[name] for name in HEADLINE if name in latest}
+            bar.update(task, completed=latest["step"], total=latest["total"], metrics=_metrics(shown))
 
     def _lines(self) -> None:
         shown = None
@@ -93,7 +95,8 @@ class Progress:
 
 
 def _metrics(latest: dict[str, Any]) -> str:
-    return "  ".join(f"{k} {_short(v)}" for k, v in latest.items() if k not in ("step", "total", "time"))
+    named = ((k.replace("tokens_per_second", "tok/s").replace("_per_second", "/s"), v) for k, v in latest.items())
+    return "  ".join(f"{k} {_short(v)}" for k, v in named if k not in ("step", "total", "time"))
 
 
 def _short(value: float) -> str:
