@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ def test_lora_is_merged_and_the_head_is_trained(make_run):
 
 def test_a_reward_at_chance_stops_the_run(make_run, tmp_path, tiny_world):
     records = [json.loads(line) for line in tiny_world.rankings.read_text().splitlines()]
-    for number, record in enumerate(records):  # nothing to learn: the order is a coin's
-        record["ranking"] = [1, 2, 1, 2] if number % 2 else [2, 1, 2, 1]
+    for number, record in enumerate(records):  # nothing to learn: the order is a die's
+        record["ranking"] = random.Random(number).sample(range(1, 5), 4)
     noise = tmp_path / "noise.jsonl"
     noise.write_text("".join(json.dumps(r) + "\n" for r in records))
     config, run = make_run(rankings=[str(noise)], num_train_epochs=0.2, learning_rate=1e-9)

@@ -47,16 +47,16 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, monkeypat
     _, stopped = make_run("stopped")
     log = Run.log
 
-    def die_at_5(self, step, total, **metrics):
+    def die_at_11(self, step, total, **metrics):
         log(self, step, total, **metrics)
-        if step == 5:
+        if step == 11:  # in the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "log", die_at_5)
+    monkeypatch.setattr(Run, "log", die_at_11)
     with pytest.raises(KeyboardInterrupt):
         sft.run(config, stopped)
     monkeypatch.setattr(Run, "log", log)
-    assert stopped.latest_checkpoint()[0] == 3
+    assert stopped.latest_checkpoint()[0] == 9
     sft.run(config, stopped)
     assert losses(stopped) == losses(undisturbed)
 

@@ -114,6 +114,8 @@ def _fit(config: StageConfig, run: Run) -> None:
             name=Path(storage).name, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
         ),
     )
+    # Ray's own Ctrl-C handler ends the process with 0 or 1, as it happens; Python's raises KeyboardInterrupt.
+    trainer._register_sigint_handler = lambda controller: None
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:

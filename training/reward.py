@@ -46,8 +46,6 @@ def run(config: RewardConfig, run: Run) -> None:
             **trainer_arguments(config, run, config.num_train_epochs),
             max_length=None,
             remove_unused_columns=False,
-            train_sampling_strategy="group_by_length",  # less padding
-            length_column_name="length",
         ),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         train_dataset=tokenize(training, tokenizer, config.max_length),
@@ -111,8 +109,7 @@ def pair_accuracy(scores: Sequence[torch.Tensor], rankings: Sequence[Sequence[in
 
 
 def tokenize(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`completions` ([K] lists of prompt and completion ids), `ranking` ([K]) and the longest's `length`, of every
-    ranking that has an order.
+    """`completions` ([K] lists of prompt and completion ids) and `ranking` ([K]) of every ranking that has an order.
 
     Completions that do not fit `max_length` leave their ranking. Raises StageError where no ranking is left.
     """
@@ -122,8 +119,7 @@ def tokenize(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, ma
         ids = [prompt + encode_completion(tokenizer, completion) for completion in r.completions]
         kept = [(c, rank) for c, rank in zip(ids, r.ranks, strict=True) if len(c) <= max_length]
         if len({rank for _, rank in kept}) > 1:
-            ids, ranking = zip(*kept, strict=True)
-            rows.append({"completions": list(ids), "ranking": list(ranking), "length": max(map(len, ids))})
+            rows.append({"completions": [c for c, _ in kept], "ranking": [rank for _, rank in kept]})
     if not rows:
         raise StageError(f"reward.max_length={max_length}: none of {len(rankings)} rankings has a pair that fits")
     return Dataset.from_list(rows)

@@ -36,7 +36,9 @@ def init_distributed(device: str) -> None:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     import deepspeed
     import deepspeed.ops
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # else the ZeRO-3 of an earlier stage in this process would shard what is loaded now
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
