@@ -104,3 +104,13 @@ def _build_models(world: TinyWorld) -> None:
         tokenizer.save_pretrained(folder)
         card = {"kind": "causal-lm", "run": "tiny", "stage": folder.name}
         (folder / "chatforge.json").write_text(json.dumps(card) + "\n", "utf-8")
+
+
+@pytest.fixture(autouse=True)
+def no_zero3_of_an_earlier_test() -> None:
+    """transformers remembers the last ZeRO-3 config of the process, and would shard whatever is loaded next."""
+    import sys
+
+    remembered = sys.modules.get("transformers.integrations.deepspeed")
+    if remembered:
+        remembered.unset_hf_deepspeed_config()
