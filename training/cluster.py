@@ -115,7 +115,7 @@ def _fit(config: StageConfig, run: Run) -> None:
         ),
     )
     # Ray's own Ctrl-C handler ends the process with 0 or 1, as it happens; Python's raises KeyboardInterrupt.
-    trainer._register_sigint_handler = lambda controller: None  # type: ignore[method-assign]
+    trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
