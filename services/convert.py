@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatforge.v1 import chat_pb2, common_pb2, models_pb2
 from services.errors import invalid
-from serving.engine.api import Chunk, SamplingParams
+from serving.engine.api import Chunk, SamplingParams, joined
 
 if TYPE_CHECKING:
     from serving.model_folder import ModelInfo
@@ -87,18 +87,6 @@ def stream_chat_response(
         message.usage.prompt_tokens, message.usage.completion_tokens = usage
         message.seed = chunk.seed
     return message
-
-
-def joined(chunks: Iterable[Chunk]) -> Chunk:
-    """Successive chunks of one answer as one. At least one is needed."""
-    parts = list(chunks)
-    return Chunk(
-        text="".join(c.text for c in parts),
-        token_ids=tuple(t for c in parts for t in c.token_ids),
-        seed=parts[-1].seed,
-        logprobs=tuple(p for c in parts for p in c.logprobs),
-        finish_reason=parts[-1].finish_reason,
-    )
 
 
 def _token_logprobs(chunk: Chunk) -> list[common_pb2.TokenLogprob]:

@@ -19,6 +19,7 @@ class ChatMetrics:
 
     def __init__(self, model: str) -> None:
         self.first_token = _tagged(Histogram("time_to_first_token_seconds", "Until first token", *_BY_MODEL), model)
+        self.queue_time = _tagged(Histogram("request_queue_time_seconds", "Until a slot is free", *_BY_MODEL), model)
         self.next_token = _tagged(Histogram("inter_token_latency_seconds", "Between outputs", *_BY_MODEL), model)
         self.prompt_tokens = _tagged(Counter("prompt_tokens", "Tokens of answered prompts", _TAGS), model)
         self.generation_tokens = _tagged(Counter("generation_tokens", "Tokens made", _TAGS), model)
@@ -44,6 +45,7 @@ class RequestTimes:
         now = time.perf_counter()
         if self._first:
             self._metrics.first_token.observe(now - self._last)
+            self._metrics.queue_time.observe(chunk.queue_seconds)
             self._metrics.prompt_tokens.inc(self._prompt_tokens)
         else:
             self._metrics.next_token.observe(now - self._last)

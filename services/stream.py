@@ -9,8 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 
-from services.convert import joined
-from serving.engine.api import Chunk
+from serving.engine.api import Chunk, joined
 
 MESSAGES_PER_SECOND = 1_900
 

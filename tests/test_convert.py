@@ -7,7 +7,7 @@ import pytest
 from chatforge.v1 import chat_pb2, common_pb2
 from services import convert
 from services.errors import StatusError
-from serving.engine.api import Chunk, SamplingParams
+from serving.engine.api import Chunk, SamplingParams, joined
 
 DEFAULTS = SamplingParams(max_new_tokens=99, temperature=0.2, top_p=0.9, top_k=7, repetition_penalty=1.1)
 EVERYTHING = {
@@ -74,4 +74,4 @@ def test_usage_reason_and_seed_are_on_the_last_message_alone() -> None:
 
 
 def test_joined_chunks_are_the_same_answer() -> None:
-    assert convert.joined(CHUNKS) == Chunk("Grüße 🙂", (1, 2, 3, 4), 9, (-0.5, -1.0, -2.0, -0.25), "length")
+    assert joined(CHUNKS) == Chunk("Grüße 🙂", (1, 2, 3, 4), 9, (-0.5, -1.0, -2.0, -0.25), "length")

@@ -45,6 +45,19 @@ def test_new_prompts_join_between_steps_in_order() -> None:
     assert third.slot == 0
 
 
+def test_a_request_knows_how_long_it_waited_for_its_slot() -> None:
+    scheduler = Scheduler(max_num_seqs=1, max_waiting=10, chunk_tokens=8, step_tokens=8)
+    first, second = request(), request()
+    second.arrived -= 10
+    for added in (first, second):
+        scheduler.add(added)
+    compute(scheduler.schedule())
+    assert second.queue_seconds == 0
+    scheduler.finish(first)
+    scheduler.schedule()
+    assert first.queue_seconds < 10 <= second.queue_seconds
+
+
 def test_the_queue_has_a_bound_that_counts_the_waiting_alone() -> None:
     scheduler = Scheduler(max_num_seqs=1, max_waiting=2, chunk_tokens=8, step_tokens=8)
     scheduler.add(request())

@@ -142,8 +142,8 @@ def test_metrics_have_vllms_names(server: Server, client: Client) -> None:
 
 
 METRICS = (
-    "time_to_first_token_seconds", "inter_token_latency_seconds", "prompt_tokens", "generation_tokens",
-    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+    "time_to_first_token_seconds", "inter_token_latency_seconds", "request_queue_time_seconds", "prompt_tokens",
+    "generation_tokens", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
 )  # fmt: skip
 
 

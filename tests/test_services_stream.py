@@ -5,9 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.convert import joined
 from services.stream import MESSAGES_PER_SECOND, coalesced
-from serving.engine.api import Chunk
+from serving.engine.api import Chunk, joined
 
 CHUNKS = [Chunk(f"{i} ", (i,), 1, finish_reason="length" if i == 99 else None) for i in range(100)]
 

@@ -1,6 +1,6 @@
 """What every engine speaks: SamplingParams in, Chunks out."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -49,6 +49,20 @@ class Chunk:
     seed: int
     logprobs: tuple[float, ...] = ()  # of token_ids under the model's own distribution, temperature 1, no filters
     finish_reason: FinishReason | None = None  # set on the last chunk alone
+    queue_seconds: float = 0.0  # that the request waited for its slot
+
+
+def joined(chunks: Iterable[Chunk]) -> Chunk:
+    """Successive chunks of one answer as one. At least one is needed."""
+    parts = list(chunks)
+    return Chunk(
+        text="".join(c.text for c in parts),
+        token_ids=tuple(t for c in parts for t in c.token_ids),
+        seed=parts[0].seed,
+        logprobs=tuple(p for c in parts for p in c.logprobs),
+        finish_reason=parts[-1].finish_reason,
+        queue_seconds=parts[0].queue_seconds,
+    )
 
 
 @dataclass(frozen=True)

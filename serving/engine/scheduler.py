@@ -4,6 +4,7 @@ A request holds one slot from admission to its end. Its prompt is computed in ch
 `chunk_tokens`, never where its neighbours happen to leave room, so that what a prompt computes does not depend on them.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ class Request:
     slot: int = -1
     cached: int = 0  # leading tokens whose keys and values are in the cache
     cancelled: bool = False
+    arrived: float = field(default_factory=time.perf_counter)
+    queue_seconds: float = 0.0  # from its arrival to its slot
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
@@ -112,6 +115,7 @@ class Scheduler:
                 return
             request = self.waiting.popleft()
             request.slot = slot
+            request.queue_seconds = time.perf_counter() - request.arrived
             self.running.append(request)
 
     def _compact(self) -> list[tuple[Request, int]]:

@@ -5,7 +5,7 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from serving.engine import sampler
-from serving.engine.api import Chunk, Completion, EngineClosed, EngineStats, FinishReason, SamplingParams
+from serving.engine.api import Chunk, Completion, EngineClosed, EngineStats, FinishReason, SamplingParams, joined
 from serving.engine.decoder import make_decoder
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.scheduler import Request, Scheduler, Step
@@ -273,7 +273,8 @@ class TorchEngine:
             piece += text.flush()
             self._scheduler.finish(request)
             del self._open[request]
-        return Chunk(piece, (token,), request.seed, () if logprob is None else (logprob,), reason)
+        logprobs = () if logprob is None else (logprob,)
+        return Chunk(piece, (token,), request.seed, logprobs, reason, request.queue_seconds)
 
 
 def _limit(wanted: int | None, made_for: int | None) -> int:
@@ -304,25 +305,18 @@ class _Mailbox:
             self._ready.clear()
             await self._ready.wait()
         items = [self._items.popleft() for _ in range(len(self._items))]
-        return _joined(items)
+        return joined(_raised(items))
 
 
-def _joined(items: Iterable[Chunk | Exception]) -> Chunk:
-    chunks = []
+def _raised(items: Iterable[Chunk | Exception]) -> Iterator[Chunk]:
+    """The chunks; raises what the engine failed with."""
     for item in items:
         if isinstance(item, Exception):
             raise item
-        chunks.append(item)
-    return Chunk(
-        text="".join(c.text for c in chunks),
-        token_ids=tuple(t for c in chunks for t in c.token_ids),
-        seed=chunks[0].seed,
-        logprobs=tuple(p for c in chunks for p in c.logprobs),
-        finish_reason=chunks[-1].finish_reason,
-    )
+        yield item
 
 
 def _completion(items: Iterable[Chunk | Exception]) -> Completion:
-    whole = _joined(items)
+    whole = joined(_raised(items))
     assert whole.finish_reason is not None
     return Completion(whole.token_ids, whole.text, whole.logprobs, whole.finish_reason, whole.seed)
