@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,38 @@ def no_zero3_of_an_earlier_test() -> None:
     remembered = sys.modules.get("transformers.integrations.deepspeed")
     if remembered:
         remembered.unset_hf_deepspeed_config()
+
+
+@pytest.fixture
+def goes_on_with_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Asserts that a stage interrupted as it logs step `at`, and run again, logs what an undisturbed run logs.
+
+    `stage` is the stage's module, `make_run(name)` gives its config and a fresh run.
+    """
+
+    def check(stage: Any, make_run: Callable[[str], tuple[Any, Any]], at: int) -> None:
+        from training.run import Run
+
+        config, undisturbed = make_run("undisturbed")
+        stage.run(config, undisturbed)
+        _, stopped = make_run("stopped")
+        log = Run.log
+
+        def die(self: Run, step: int, total: int, **metrics: float) -> None:
+            log(self, step, total, **metrics)
+            if step == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "log", die)
+            stage.run(config, stopped)
+        latest = stopped.latest_checkpoint()
+        assert latest is not None and latest[0] < at
+        stage.run(config, stopped)
+        assert losses(stopped) == losses(undisturbed)
+
+    return check
+
+
+def losses(run: Any) -> list[float]:
+    return [line["loss"] for line in run.metrics() if "loss" in line]

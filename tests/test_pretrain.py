@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import pretrain, zero
@@ -32,10 +33,6 @@ def make_run(tmp_path, tiny_world):
     return make
 
 
-def losses(run):
-    return [line["loss"] for line in run.metrics()]
-
-
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_it_learns_and_leaves_a_model_folder(make_run, architecture):
     config, run = make_run(architecture=architecture, tokens=32 * 8 * 30, dtype="bf16")
@@ -48,25 +45,8 @@ def test_it_learns_and_leaves_a_model_folder(make_run, architecture):
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.bos_token_id]
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, monkeypatch):
-    config, undisturbed = make_run("undisturbed")
-    pretrain.run(config, undisturbed)
-    _, stopped = make_run("stopped")
-
-    log = Run.log
-
-    def die_at_7(self, step, total, **metrics):
-        log(self, step, total, **metrics)
-        if step == 7:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "log", die_at_7)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.run(config, stopped)
-    monkeypatch.setattr(Run, "log", log)
-    assert stopped.latest_checkpoint()[0] == 4
-    pretrain.run(config, stopped)
-    assert losses(stopped) == losses(undisturbed)
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):
+    goes_on_with_the_same_losses(pretrain, make_run, at=7)
 
 
 def test_micro_batches_are_a_matter_of_memory_alone(make_run):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from conftest import losses
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training import reward, zero
@@ -30,10 +31,6 @@ def make_run(tmp_path, tiny_world):
         return RewardConfig(**{**settings, "dtype": "fp32", **changes}), run
 
     return make
-
-
-def losses(run):
-    return [line["loss"] for line in run.metrics() if "loss" in line]
 
 
 def by_hand(scores, ranking):
@@ -77,23 +74,8 @@ def test_the_folder_scores_as_the_card_says(make_run, tiny_world):
     assert card["reward_std"] == pytest.approx(scores.std().item(), abs=1e-4)
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, monkeypatch):
-    config, undisturbed = make_run("undisturbed")
-    reward.run(config, undisturbed)
-    _, stopped = make_run("stopped")
-    log = Run.log
-
-    def die_at_6(self, step, total, **metrics):
-        log(self, step, total, **metrics)
-        if step == 6:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "log", die_at_6)
-    with pytest.raises(KeyboardInterrupt):
-        reward.run(config, stopped)
-    monkeypatch.setattr(Run, "log", log)
-    reward.run(config, stopped)
-    assert losses(stopped) == losses(undisturbed)
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):
+    goes_on_with_the_same_losses(reward, make_run, at=6)
 
 
 def test_lora_is_merged_and_the_head_is_trained(make_run):

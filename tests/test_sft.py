@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import sft, zero
@@ -27,10 +28,6 @@ def make_run(tmp_path, tiny_world):
     return make
 
 
-def losses(run):
-    return [line["loss"] for line in run.metrics() if "loss" in line]
-
-
 def test_it_learns_on_deepspeed_and_leaves_a_model_folder(make_run):
     config, run = make_run(dtype="bf16")
     sft.run(config, run)  # the callback asserts the DeepSpeedEngine
@@ -41,24 +38,8 @@ def test_it_learns_on_deepspeed_and_leaves_a_model_folder(make_run):
     assert tokenizer.chat_template and tokenizer.eos_token_id in model.generation_config.eos_token_id
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, monkeypatch):
-    config, undisturbed = make_run("undisturbed")
-    sft.run(config, undisturbed)
-    _, stopped = make_run("stopped")
-    log = Run.log
-
-    def die_at_11(self, step, total, **metrics):
-        log(self, step, total, **metrics)
-        if step == 11:  # in the second epoch
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "log", die_at_11)
-    with pytest.raises(KeyboardInterrupt):
-        sft.run(config, stopped)
-    monkeypatch.setattr(Run, "log", log)
-    assert stopped.latest_checkpoint()[0] == 9
-    sft.run(config, stopped)
-    assert losses(stopped) == losses(undisturbed)
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):
+    goes_on_with_the_same_losses(sft, make_run, at=11)  # in the second epoch
 
 
 def test_lora_is_merged_in_the_export(make_run, tiny_world):

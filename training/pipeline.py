@@ -165,7 +165,8 @@ def derived(recipe: Recipe, config: StageConfig) -> str:
 
 def _parameters(recipe: Recipe, config: PretrainConfig) -> str:
     assert recipe.tokenizer
-    return f"{config.parameters(padded_vocab(recipe.tokenizer.vocab_size)) / 1e6:,.1f}M"
+    count = config.parameters(padded_vocab(recipe.tokenizer.vocab_size))
+    return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count:,}"
 
 
 def _batch(recipe: Recipe, config: TrainingConfig) -> str:
