@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from training.data import samples
+from training.data import chitchat
 from training.data.chats import read_chats
 from training.data.prompts import read_prompts
 from training.data.records import DataError
@@ -28,9 +28,9 @@ def test_the_three_samples_are_valid_and_split_alike():
 def test_chats_are_short_and_begin_so_that_they_can_be_answered():
     chats, _ = read_chats(["sample:chitchat"])
     assert all(len(chat.messages) in (2, 4) for chat in chats)
-    assert max(len(m["content"]) for chat in chats for m in chat.messages) <= samples.MAX_ASSISTANT
+    assert max(len(m["content"]) for chat in chats for m in chat.messages) <= chitchat.MAX_ASSISTANT
     openers = {chat.messages[0]["content"] for chat in chats}
-    assert all(text.endswith("?") or samples._GREETING.match(text) for text in openers)
+    assert all(text.endswith("?") or chitchat._GREETING.match(text) for text in openers)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_chats_are_short_and_begin_so_that_they_can_be_answered():
     ],
 )
 def test_tidy(text, tidied):
-    assert samples.tidy(text) == tidied
+    assert chitchat.tidy(text) == tidied
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

@@ -1,6 +1,7 @@
 """Where data comes from: the source strings of every recipe list, and the rows behind them.
 
     corpus/*.txt  chats.jsonl  data/**/*.parquet  pages.jsonl.gz     files and globs
+    pairs.tsv  locale/*.po  news.{de,en}                             sentence pairs: columns, catalogues, twin files
     hub:owner/name[/subset][:split]                                  a data set of the Hugging Face hub; split: train
     sample:chitchat                                                  demo data out of an installed package (samples.py)
 
@@ -10,7 +11,9 @@ Imports nothing heavy, so that a pipeline can check and fingerprint its sources 
 import glob
 import gzip
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +29,8 @@ class Source:
     """One entry of a recipe's list, known to exist (hub: known to be well formed)."""
 
     name: str  # as the recipe has it
-    kind: Literal["files", "hub", "sample"]
-    paths: tuple[Path, ...] = ()  # files only, sorted
+    kind: Literal["files", "twins", "hub", "sample"]
+    paths: tuple[Path, ...] = ()  # files: sorted; twins: in the order of the braces
 
 
 def resolve(sources: Sequence[str]) -> list[Source]:
@@ -88,7 +91,20 @@ def _resolve(name: str) -> Source:
 
         samples.check(rest)
         return Source(name, "sample")
+    if braces := _BRACES.search(name):
+        return Source(name, "twins", _twin_files(name, braces))
     return Source(name, "files", _matching_files(name))
+
+
+_BRACES = re.compile(r"\{([\w-]+),([\w-]+)\}")
+
+
+def _twin_files(name: str, braces: re.Match[str]) -> tuple[Path, ...]:
+    """The two files of `news.{de,en}`, whose n-th lines translate one another."""
+    paths = tuple(Path(name.replace(braces[0], part)).expanduser() for part in braces.groups())
+    if absent := next((path for path in paths if not path.is_file()), None):
+        raise DataError(f"{name}: there is no file {absent}")
+    return paths
 
 
 def _matching_files(pattern: str) -> tuple[Path, ...]:
@@ -149,6 +165,8 @@ def _rows(source: Source) -> Iterator[tuple[str, bytes | Fields]]:
 
         for number, row in enumerate(samples.read(source.name.removeprefix("sample:")), 1):
             yield f"{source.name}:{number}", row
+    elif source.kind == "twins":
+        yield from _twin_rows(source)
     elif source.kind == "hub":
         yield from _hub_rows(source.name)
     else:
@@ -188,11 +206,7 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Fields]]:
     """One row a document; blank lines part them, a single newline stays inside."""
     block: list[str] = []
     start = 1
-    for number, line in _lines(path):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from None
+    for number, text in _text_lines(path):
         if text.strip():
             start = start if block else number
             block.append(text)
@@ -201,6 +215,51 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Fields]]:
             block = []
     if block:
         yield f"{path}:{start}", {"text": "\n".join(block)}
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in _lines(path):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from None
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[str, Fields]]:
+    yield from ((f"{path}:{number}", {"columns": text.split("\t")}) for number, text in _text_lines(path) if text)
+
+
+def _po_rows(path: Path) -> Iterator[tuple[str, Fields]]:
+    """What a gettext catalogue has translated, by language; its message ids are taken to be English.
+
+    Fuzzy and empty messages are no translations.
+    """
+    from babel.messages.pofile import PoFileError, read_po
+
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            catalogue = read_po(file, abort_invalid=True)
+        except (PoFileError, ValueError, LookupError) as error:
+            raise DataError(f"{path}: not a gettext catalogue: {error}") from None
+    language = str(catalogue.locale_identifier or "").replace("_", "-")
+    if not language:
+        raise DataError(f"{path}: its header names no Language")
+    for message in catalogue:
+        if message.id and not message.fuzzy:
+            english, translated = ([text] if isinstance(text, str) else text for text in (message.id, message.string))
+            for english_form, form in zip(english or (), translated or (), strict=False):  # plurals have several
+                if form:
+                    yield f"{path}:{message.lineno}", {"translation": {"en": english_form, language: form}}
+
+
+def _twin_rows(source: Source) -> Iterator[tuple[str, Fields]]:
+    names = next(iter(_BRACES.findall(source.name)))
+    both = itertools.zip_longest(*(_text_lines(path) for path in source.paths))
+    for number, (first, second) in enumerate(both, 1):
+        if first is None or second is None:
+            short, long = source.paths if first is None else source.paths[::-1]
+            raise DataError(f"{short}: ends before line {number}, which {long} has: twin files have equal lines")
+        yield f"{source.paths[0]}:{number}", {"translation": dict(zip(names, (first[1], second[1]), strict=True))}
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Fields]]:
@@ -222,6 +281,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, bytes | Fields]]]] = {
     ".txt": _text_rows,
     ".jsonl": _json_rows,
     ".parquet": _parquet_rows,
+    ".tsv": _tsv_rows,
+    ".po": _po_rows,
 }
 
 

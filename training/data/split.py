@@ -5,8 +5,9 @@ data: a held-out conversation is held out of SFT, ranking and PPO alike, and sta
 """
 
 import hashlib
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 _NOT_WORD = re.compile(r"[^\w\s]+")
@@ -48,12 +49,14 @@ def split(records: Iterable[R], seed: int, val_fraction: float) -> tuple[list[R]
     return sides[0], unseen(sides[1], sides[0])
 
 
-def unseen(records: Iterable[R], others: Iterable[R] = ()) -> list[R]:
-    """The records that neither `others` nor an earlier one of `records` has in the same words."""
-    seen = {digest(other.identity) for other in others}
+def unseen(
+    records: Iterable[R], others: Iterable[R] = (), by: Callable[[R], str] = operator.attrgetter("identity")
+) -> list[R]:
+    """The records whose text, given by `by`, neither `others` nor an earlier one of `records` has in the same words."""
+    seen = {digest(by(other)) for other in others}
     kept = []
     for record in records:
-        mark = digest(record.identity)
+        mark = digest(by(record))
         if mark not in seen:
             seen.add(mark)
             kept.append(record)
