@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 Json = dict[str, Any]
 
@@ -47,15 +47,29 @@ def load_causal_lm(
     Raises ValueError where the folder is none or holds another kind of model, and where loading would run code that
     comes with it (pickled weights, remote code), unless its owner trusts it: `allow_unsafe`.
     """
+    return _load(path, AutoModelForCausalLM, "causal-lm", dtype, allow_unsafe)
+
+
+def load_translation(
+    path: str | Path, dtype: torch.dtype | None = None, *, allow_unsafe: bool = False
+) -> tuple[Any, Any]:
+    """(encoder-decoder in eval mode, tokenizer): as `load_causal_lm`, with the same refusals."""
+    return _load(path, AutoModelForSeq2SeqLM, "translation", dtype, allow_unsafe)
+
+
+def _load(path: str | Path, auto: Any, wanted: str, dtype: torch.dtype | None, allow_unsafe: bool) -> tuple[Any, Any]:
+    """The model by `auto`, one of transformers' AutoModel classes, where the folder's kind is the wanted one."""
     folder = Path(path)
-    kind = _read_json(folder / "chatforge.json").get("kind", "causal-lm")
-    if kind != "causal-lm":
-        raise ValueError(f"{path}: holds a {kind} model; a causal-lm is needed here")
+    kind = _read_json(folder / "chatforge.json").get("kind", wanted)
+    if kind != wanted:
+        raise ValueError(f"{path}: holds a {kind} model; a {wanted} is needed here")
     if folder.is_dir() and not allow_unsafe:
         _refuse_pickle(folder)
     config = _config(path, allow_unsafe)
+    if wanted == "translation" and not config.is_encoder_decoder:
+        raise ValueError(f"{path}: {config.model_type} is no encoder-decoder; a translation model is needed here")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto.from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",

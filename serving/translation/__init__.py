@@ -1,0 +1,1 @@
+"""serving.translation turns texts into another language: lines and sentences in segments, the search in decoding."""
