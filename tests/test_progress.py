@@ -38,3 +38,10 @@ def test_what_an_earlier_attempt_logged_is_not_shown_as_progress(run, monkeypatc
 def test_a_stage_that_logs_nothing_says_nothing(run, monkeypatch, capsys):
     follow(run, monkeypatch, ())
     assert capsys.readouterr().out == ""
+
+
+def test_more_than_an_hour_left_is_said_in_hours(run, monkeypatch, capsys):
+    lines = [{"step": step, "total": 5001, "time": time.time() + 10 + step, "loss": 1.0} for step in (1, 2)]
+    monkeypatch.setattr(Run, "metrics", lambda self: lines)
+    follow(run, monkeypatch, ())
+    assert "2/5001  1:23:19 left" in capsys.readouterr().out

@@ -57,7 +57,19 @@ def _evaluation() -> dict[str, Any]:
                 {"prompt": [{"role": r, "content": "Yes"} for r in _TURNS], "sft": said, "ppo": said},
             ],
         },
+        "translation": _translation(),
         "warnings": [f"Warned {ATTACK}"],
+    }  # fmt: skip
+
+
+def _translation() -> dict[str, Any]:
+    scores = {who: {"bleu": 20.0, "chrf": 40.0} for who in ("model", "copy", "dictionary")}
+    row = {"source": f"Von {ATTACK}", "reference": f"Of {ATTACK}", "translation": f"Made {ATTACK}", "chrf": 50.0}
+    return {
+        "languages": ["de", "en"], "learnt_from": 900, "num_beams": 4, "bleu_signature": "b", "chrf_signature": "c",
+        "sources": [{"name": f"Pairs {ATTACK}", "pairs": 20, **scores}, {"name": "all", "pairs": 20, **scores}],
+        "over_copy": _estimate(20.0), "over_dictionary": _estimate(1.0), "exact": {"all": _estimate(0.5)},
+        "samples": [row], "attention": {"source": [ATTACK, "b"], "target": ["c"], "weights": [[0.25, 0.75]]},
     }  # fmt: skip
 
 
@@ -74,7 +86,8 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 def run(tmp_path: Path) -> Path:
     """A whole run of the tiny recipe, with hostile text wherever a model, a file or a person may put some."""
     root = tmp_path / "tiny<b>"
-    recipe = load_recipe("tiny", [f"rank.prompts=['{ATTACK.replace(chr(39), chr(34))}']"])
+    hostile = [f"rank.prompts=['{ATTACK.replace(chr(39), chr(34))}']", "translation={pairs: [a], steps: 10}"]
+    recipe = load_recipe("tiny", hostile)
     write_atomic(root / "run.json", recipe.model_dump_json())
     for stage in recipe.stages:
         _write_lines(root / stage / "metrics.jsonl", _metrics(stage))
@@ -156,7 +169,7 @@ def test_numbers_have_their_place_and_their_error(run: Path) -> None:
     words = _page(run).words
     assert words.count("97.3% ± 2.0%") == 2  # SFT and PPO
     assert "+0.379 ± 0.020" in words and "8.600 ± 0.020" in words and "1.557 ± 0.020" in words
-    assert "7 min 7 s" in words  # of seven stages, 61 s each
+    assert "8 min 8 s" in words  # of eight stages, 61 s each
     assert "✗ not above both baselines" in words  # 0.014 is within two errors
     assert "✓ beyond chance" in words and "✓ at least 95%" in words
     assert "reward hacking" in words  # distinct-2 fell from 0.7 to 0.4

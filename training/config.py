@@ -19,6 +19,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
 Sources = Annotated[list[str], Field(min_length=1)]
+Language = Annotated[str, Field(pattern="^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]
 
 
 class ConfigError(ValueError):
@@ -42,11 +43,9 @@ class LoraConfig(StageConfig):
     targets: list[str] | Literal["all-linear"] = "all-linear"
 
 
-class TrainingConfig(StageConfig):
-    """What every gradient-trained stage shares."""
+class OptimizerConfig(StageConfig):
+    """What every gradient-trained stage shares; how big a batch is, each says in its own unit."""
 
-    batch_size: Positive = 32  # sequences per optimiser step, over all workers
-    micro_batch_size: Positive = 8  # sequences per forward pass of one worker; a matter of memory alone
     learning_rate: Rate = 1e-4
     warmup_ratio: Fraction = 0.03  # of all optimiser steps
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0  # on matrices; norms, biases and embeddings have none
@@ -56,6 +55,13 @@ class TrainingConfig(StageConfig):
     checkpoint_every: Positive = 50  # optimiser steps
 
     runtime: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
+
+
+class TrainingConfig(OptimizerConfig):
+    """A stage whose batches are counted in sequences."""
+
+    batch_size: Positive = 32  # sequences per optimiser step, over all workers
+    micro_batch_size: Positive = 8  # sequences per forward pass of one worker; a matter of memory alone
 
     def gradient_accumulation_steps(self, workers: int) -> int:
         """Micro-batches per optimiser step of one worker; raises ConfigError where they do not divide."""
@@ -218,12 +224,78 @@ class PPOConfig(TrainingConfig):
         return f"{self.num_rollouts} rollouts of {self.batch_size} episodes, {updates} steps of {step.batch_size} each"
 
 
+class TranslationConfig(OptimizerConfig):
+    """An encoder-decoder transformer (Vaswani et al. 2017) on sentence pairs, or the fine-tuning of one.
+
+    `batch_tokens` counts what one optimiser step costs over all workers: pairs × (longest source + longest target).
+    """
+
+    pairs: Sources
+    source_language: Language = "de"  # BCP-47
+    target_language: Language = "en"
+    model: str | None = None  # a translation model to start from (folder or hub name); default: a fresh one
+    vocab_size: Annotated[int, Field(ge=300)] = 8000  # joint byte-level BPE of both languages; a fresh model's
+    num_layers: Positive = 3  # of the encoder, and of the decoder
+    num_heads: Positive = 4
+    hidden_size: Positive = 256
+    dropout: Fraction = 0.1
+    max_length: Annotated[int, Field(ge=8)] = 128  # tokens of a side; longer pairs are dropped, and counted
+    steps: Positive
+    batch_tokens: Positive = 4096
+    micro_batch_tokens: Positive = 4096  # of one forward pass of one worker; a matter of memory alone
+    learning_rate: Rate = 1e-3  # the highest, reached at the end of the warm-up
+    schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt"
+    warmup_ratio: Fraction = 0.1
+    beta2: Fraction = 0.98
+    label_smoothing: Fraction = 0.1
+    average_last: Positive = 4  # validations whose weights are averaged in the end (Vaswani et al. 2017, 6.1)
+    eval_every: Positive = 200  # optimiser steps
+    patience: Positive = 10  # validations without a better chrF after which training ends
+    num_beams: Positive = 4  # the service's default, and the evaluation's
+    length_penalty: Annotated[float, Field(ge=-10.0, le=10.0)] = 1.0
+    lora: LoraConfig | None = None
+
+    # Neither changes what is learnt. Validations do: the best of them is what is exported.
+    runtime: ClassVar[frozenset[str]] = OptimizerConfig.runtime | {"micro_batch_tokens"}
+
+    @property
+    def intermediate_size(self) -> int:
+        """Feed-forward width: 4 × hidden_size, as in the paper."""
+        return 4 * self.hidden_size
+
+    def gradient_accumulation_steps(self, workers: int) -> int:
+        """Forward passes per optimiser step of one worker."""
+        return max(1, -(-self.batch_tokens // (workers * self.micro_batch_tokens)))
+
+    def parameters(self, vocab_size: int) -> int:
+        """Trainable parameters of a fresh model, the joint embeddings counted once."""
+        h, f = self.hidden_size, self.intermediate_size
+        attention, feed_forward, norm = 4 * (h * h + h), 2 * h * f + h + f, 2 * h
+        encoder, decoder = attention + feed_forward + 2 * norm, 2 * attention + feed_forward + 3 * norm
+        return vocab_size * h + self.num_layers * (encoder + decoder)
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
+        if self.source_language.casefold() == self.target_language.casefold():
+            raise ValueError(f"target_language={self.target_language!r} is the source language")
+        if self.batch_tokens < 2 * self.max_length:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} does not hold one pair of max_length={self.max_length} tokens a side"
+            )
+        if self.lora and not self.model:
+            raise ValueError("lora adapts a model that is there: name one in model")
+        return self
+
+
 class EvaluateConfig(StageConfig):
     """What each stage's model is worth on held-out data."""
 
     num_prompts: Positive = 256
     max_new_tokens: Positive = 32
     judge: Literal["vader"] | None = "vader"  # the gold score; none where there is no named judge
+    num_pairs: Positive = 2000  # held-out sentence pairs of each source that are translated
     prompts: list[str] = ["Hello!", "How are you today?", "What do you like to do?", "Tell me about your family."]
 
 
@@ -241,6 +313,7 @@ class Recipe(StageConfig):
     rank: RankConfig | None = None
     reward: RewardConfig | None = None
     ppo: PPOConfig | None = None
+    translation: TranslationConfig | None = None
     evaluate: EvaluateConfig | None = None
 
     @property
@@ -250,7 +323,7 @@ class Recipe(StageConfig):
         return {name: config for name, config in fields if config is not None}
 
 
-STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
+STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "translation", "evaluate")
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:

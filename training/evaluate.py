@@ -5,6 +5,7 @@
     reward           accuracy on the reward stage's held-out rankings beside two rankers that understand nothing
     ppo against sft  the paired difference of the gold score, at which KL(PPO ‖ SFT)
     fixed prompts    each stage's greedy answer side by side; pretrain, which knows no chats, continues plain text
+    translation      BLEU and chrF on the pairs that its stage held out (measure_translation.py)
 
 Nothing here stops a run: `warnings` in evaluation.json says in plain words what did not turn out well. Leaves out:
 benchmarks of knowledge (models of this size hold none), a judge that is itself a language model.
@@ -26,6 +27,7 @@ from training.data.rankings import Ranking, read_rankings
 from training.data.split import split
 from training.data.text import PackedTokens, read_documents
 from training.exam import Answers, Exam, answer, compare, fixed_answers, shown, side_by_side, summary
+from training.measure_translation import measure_translation, score_pairs
 from training.rank import rankings_path
 from training.reward import HELD_OUT
 from training.run import Run, StageError, write_atomic
@@ -42,11 +44,13 @@ def run(config: EvaluateConfig, run: Run) -> None:
     recipe = Recipe.model_validate_json((run.root / "run.json").read_text("utf-8"))
     exam = Exam(config, run, recipe)
     models = {stage: folder for stage in LANGUAGE_MODELS if (folder := exam.folder(stage))}
-    if not models and not exam.folder("reward"):
-        raise StageError(f"evaluate: run {run.root.name!r} has no model to measure: it needs one of pretrain to ppo")
+    if not models and not exam.folder("reward") and not exam.folder("translation"):
+        raise StageError(f"evaluate: run {run.root.name!r} has no model to measure: it needs a stage that trains one")
     result = {"settings": settings(exam), **measure_models(exam, models)}
     if recipe.reward and exam.folder("reward"):
         result["reward"] = measure_reward(exam, recipe.reward)
+    if recipe.translation and (folder := exam.folder("translation")):
+        result["translation"] = measure_translation(folder, recipe.translation, run, config.num_pairs)
     result["warnings"] = warnings(result)
     write_atomic(run.folder / "evaluation.json", json.dumps(finite(result), indent=2) + "\n")
     run.rewind(0)
@@ -144,14 +148,17 @@ def evaluate_model(folder: str, sources: Sequence[str], device: str = "cpu") -> 
     """What a model folder is worth on given data, by its kind.
 
     causal-lm: `sources` are texts, and the result has `bits_per_byte` and `perplexity` (per token). reward: they are
-    rankings, and it has `accuracy` beside `longer_wins`. Raises ValueError for other kinds and for data that is wrong.
+    rankings, and it has `accuracy` beside `longer_wins`. translation: they are sentence pairs, and it has `bleu` and
+    `chrf` with sacreBLEU's signatures. Raises ValueError for other kinds and for data that is wrong.
     """
     about = describe(folder)
     kind, context = about.kind, min(about.context_length or MAX_CONTEXT, MAX_CONTEXT)
     if kind == "reward":
         return {"kind": kind, **score_rankings(folder, [], read_rankings(sources), context, device)}
+    if kind == "translation":
+        return {"kind": kind, **score_pairs(folder, sources, device)}
     if kind != "causal-lm":
-        raise ValueError(f"{folder}: holds a {kind} model; evaluate measures causal-lm and reward")
+        raise ValueError(f"{folder}: holds a {kind} model; evaluate measures causal-lm, reward and translation")
     model, tokenizer = measure.load(folder, device)
     documents = list(read_documents(sources))
     text_bytes = sum(len(document.text.encode()) for document in documents)

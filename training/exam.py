@@ -165,10 +165,11 @@ def fixed_answers(exam: Exam, stage: str, model: Any, tokenizer: Any) -> list[st
 
 
 def side_by_side(exam: Exam, fixed: dict[str, list[str]]) -> list[Result]:
-    """The recipe's own prompts with every stage's answer."""
+    """The recipe's own prompts with every stage's answer; nothing where no stage answers."""
     return [
         {"prompt": prompt, **{stage: texts[i] for stage, texts in fixed.items()}}
         for i, prompt in enumerate(exam.config.prompts)
+        if fixed
     ]
 
 

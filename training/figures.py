@@ -60,9 +60,16 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Variety", "Distinct-2; falling towards 0 is one phrase for everything.", ("distinct_2",)),
         Panel("Entropy", "Nats per token; what is left to explore.", ("entropy",)),
     ),
+    "translation": (
+        Panel("Loss", "Nats per target token; in training with label smoothing.", ("loss", "val_loss")),
+        Panel("Held-out chrF", "Of greedy translations; the bend upwards is where the languages align.", ("val_chrf",)),
+    ),
 }  # fmt: skip
-SUMMARY = (("pretrain", 0), ("pretrain", 1), ("sft", 0), ("reward", 1), ("ppo", 0), ("ppo", 1))
-NAMES = {"pretrain": "Pretrain", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
+SUMMARY = (
+    *(("pretrain", 0), ("pretrain", 1), ("sft", 0), ("reward", 1), ("ppo", 0), ("ppo", 1)),
+    *(("translation", 0), ("translation", 1)),
+)
+NAMES = {"pretrain": "Pretrain", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "translation": "Translation"}
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ from training.config import (
     StageConfig,
     TokenizerConfig,
     TrainingConfig,
+    TranslationConfig,
     padded_vocab,
 )
 from training.data.sources import fingerprint
 from training.run import Run, StageError, write_atomic
 
 RUNS = Path("runs")
-GRADIENT_STAGES = frozenset({"pretrain", "sft", "reward", "ppo"})  # the others take one worker
+GRADIENT_STAGES = frozenset({"pretrain", "sft", "reward", "ppo", "translation"})  # the others take one worker
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "tokenizers")
 
 # What each stage reads of the stages before it, where its config does not name another model.
@@ -43,9 +44,10 @@ PARENTS: dict[str, dict[str, str | None]] = {
     "rank": {"sft": "model"},
     "reward": {"sft": "model", "rank": "rankings"},
     "ppo": {"sft": "model", "reward": "reward_model"},
-    "evaluate": {"pretrain": None, "sft": None, "reward": None, "ppo": None},
+    "translation": {},
+    "evaluate": {"pretrain": None, "sft": None, "reward": None, "ppo": None, "translation": None},
 }
-SOURCES = ("text", "chats", "prompts", "rankings")
+SOURCES = ("text", "chats", "prompts", "rankings", "pairs")
 
 State = Literal["done", "resume", "stale", "new"]
 
@@ -160,12 +162,28 @@ def derived(recipe: Recipe, config: StageConfig) -> str:
         case SFTConfig() | RewardConfig():
             lora = f", LoRA r={config.lora.r}" if config.lora else ""
             return f"{config.num_train_epochs:g} epochs, batch {_batch(recipe, config)}{lora}"
+        case TranslationConfig():
+            return _translation(recipe, config)
     return ""
 
 
 def _parameters(recipe: Recipe, config: PretrainConfig) -> str:
     assert recipe.tokenizer
-    count = config.parameters(padded_vocab(recipe.tokenizer.vocab_size))
+    return _millions(config.parameters(padded_vocab(recipe.tokenizer.vocab_size)))
+
+
+def _translation(recipe: Recipe, config: TranslationConfig) -> str:
+    passes = config.gradient_accumulation_steps(recipe.workers)
+    lora = f", LoRA r={config.lora.r}" if config.lora else ""
+    what = f"from {config.model}{lora}" if config.model else ""
+    what = what or f"{_millions(config.parameters(padded_vocab(config.vocab_size)))} parameters"
+    return (
+        f"{config.source_language} → {config.target_language}, {what}, "
+        f"{config.steps:,} steps × {config.batch_tokens:,} tokens (workers {recipe.workers} × accumulation {passes})"
+    )
+
+
+def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count:,}"
 
 

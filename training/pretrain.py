@@ -42,7 +42,7 @@ def run(config: PretrainConfig, run: Run) -> None:
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
-    start = _resume(engine, run)
+    start = zero.resume(engine, run)
 
     for step in range(start, config.steps):
         began = time.perf_counter()
@@ -173,19 +173,6 @@ def worker_share(indices: list[int], run: Run) -> list[int]:
     """This worker's part of one global batch: the same batch however many workers share it."""
     share = len(indices) // run.workers
     return indices[run.rank * share : (run.rank + 1) * share]
-
-
-def _resume(engine: Any, run: Run) -> int:
-    """Loads the newest checkpoint and returns the step to go on from."""
-    latest = run.latest_checkpoint()
-    if latest is None:
-        run.rewind(0)
-        return 0
-    step, folder = latest
-    engine.load_checkpoint(str(folder), tag="deepspeed")
-    zero.restore_random_state(run, folder)
-    run.rewind(step)
-    return step
 
 
 # ---- validation

@@ -3,11 +3,19 @@
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import Any, Self
 
 from training.run import Run
 
-HEADLINE = ("loss", "reward", "kl", "tokens_per_second", "episodes_per_second")  # what a bar of 80 columns has room for
+HEADLINE = (
+    "loss",
+    "val_chrf",
+    "reward",
+    "kl",
+    "tokens_per_second",
+    "episodes_per_second",
+)  # what a bar of 80 columns has room for
 LINE_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 
@@ -81,7 +89,7 @@ class Progress:
             return ""
         taken = latest["step"] - lines[0]["step"]
         seconds = (latest["time"] - lines[0]["time"]) / max(taken, 1) * (latest["total"] - latest["step"])
-        return f"{time.strftime('%M:%S', time.gmtime(seconds))} left  "
+        return f"{timedelta(seconds=round(seconds))} left  "
 
     def _fresh(self) -> list[dict[str, Any]]:
         return [line for line in self._run.metrics() if line["time"] >= self._started]

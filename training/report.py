@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import figures, report_tables
+from training import figures, report_tables, report_translation
 from training.config import STAGES, Recipe
 from training.data.prompts import as_messages
 from training.page import Html, document, join, section, table, tag
@@ -51,10 +51,11 @@ def write_report(root: Path) -> Path:
     story = read_story(root)
     parts = [
         _head(story),
-        report_tables.verdict(story.evaluation, story.recipe),
+        report_tables.verdict(story.evaluation, story.recipe, report_translation.headline(story.evaluation)),
         _fixed_prompts(story),
         _curves(story),
         *report_tables.evaluation(story.evaluation),
+        *report_translation.sections(story.evaluation),
         _held_out_prompts(story),
         _ranking(story),
         _remarks(story),
@@ -72,7 +73,7 @@ def figure(root: Path) -> Path:
     """Draws `report.png` into the run's folder: the curves that tell its story. Raises StageError as `write_report`."""
     story = read_story(root)
     metrics = {stage.name: stage.lines for stage in story.stages}
-    return figures.png(metrics, root / "report.png", f"{root.name}: {_size(story)}from raw text to PPO")
+    return figures.png(metrics, root / "report.png", f"{root.name}: {_size(story)}{', '.join(metrics)}")
 
 
 def read_story(root: Path) -> Story:
@@ -99,10 +100,8 @@ def _head(story: Story) -> Html:
     state = (
         "All stages are done" if len(done) == len(story.stages) else f"{len(done)} of {len(story.stages)} stages done"
     )
-    pretrain = story.recipe.pretrain
-    what = f"A {_ARCHITECTURES[pretrain.architecture]} decoder" if pretrain else "A chat model"
     size = _parameters(story)
-    sentence = f"{what}{f' of {number(size)} parameters' if size else ''}, from raw text to a chat model. {state}"
+    sentence = f"{_what(story.recipe)}{f', {number(size)} parameters' if size else ''}. {state}"
     strip = [tag("span", f"{stage.name} ", tag("b", _mark(stage)), class_="mark plain") for stage in story.stages]
     return tag(
         "header",
@@ -111,6 +110,14 @@ def _head(story: Story) -> Html:
         tag("p", f"{sentence}, in {duration(seconds)}." if seconds else f"{sentence}.", class_="lead"),
         tag("div", *strip, class_="strip"),
     )
+
+
+def _what(recipe: Recipe) -> str:
+    if recipe.pretrain:
+        return f"From raw text to a chat model: a {_ARCHITECTURES[recipe.pretrain.architecture]} decoder"
+    if translation := recipe.translation:
+        return f"An encoder-decoder transformer from {translation.source_language} to {translation.target_language}"
+    return "A chat model"
 
 
 _ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama-style"}
@@ -149,10 +156,10 @@ def _text_seen(recipe: Recipe) -> str:
 
 
 def _parameters(story: Story) -> int:
-    """As the newest language model's weights have them; 0 where there is none yet."""
+    """As the newest model's weights have them; 0 where there is none yet."""
     from safetensors import safe_open
 
-    for name in ("ppo", "sft", "pretrain"):
+    for name in ("ppo", "sft", "pretrain", "translation"):
         files = sorted((story.root / name / "model").glob("*.safetensors"))
         total = 0
         for file in files:
@@ -303,8 +310,8 @@ def _remarks(story: Story) -> Html:
     if missing:
         command = f"“chatforge train {story.recipe.name}”"
         remarks.insert(0, f"This run is not finished: {', '.join(missing)} to come. {command} goes on from here.")
-    absent = [name for name in STAGES if name not in story.recipe.stages]
-    if absent:
+    absent = [name for name in STAGES if name not in story.recipe.stages and name != "translation"]
+    if absent and story.recipe.sft:
         remarks.append(f"The recipe leaves out: {', '.join(absent)}.")
     return section("How far to trust this", tag("div", tag("ul", *(tag("li", r) for r in remarks)), class_="card"))
 

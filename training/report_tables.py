@@ -58,25 +58,25 @@ def sure(estimate: Json) -> bool:
 # ---- at a glance
 
 
-def verdict(result: Json, recipe: Recipe) -> Html:
-    """A tile for each thing that a run should show, and the evaluation's warnings."""
+def verdict(result: Json, recipe: Recipe, *more: Html | None) -> Html:
+    """A tile for each thing that a run should show, `more` behind them, and the evaluation's warnings."""
     if not result:
         word = "is not in this recipe" if recipe.evaluate is None else "has not run yet"
         return tag("p", f"No verdict: the evaluate stage {word}.", class_="card verdict")
-    tiles = [tile for make in (_text_tile, _chat_tile, _reward_tile, _ppo_tile) if (tile := make(result))]
-    parts = [tag("div", *tiles, class_="grid tiles")]
+    made = (*(make(result) for make in (_text_tile, _chat_tile, _reward_tile, _ppo_tile)), *more)
+    parts = [tag("div", *filter(None, made), class_="grid tiles")]
     if result["warnings"]:
         points = [tag("li", warning) for warning in result["warnings"]]
         parts.append(tag("div", tag("h3", "Not as it should be"), tag("ul", *points), class_="card warnings"))
     return join(parts)
 
 
-def _tile(name: str, value: str, unit: str, detail: str, mark: Html | None = None) -> Html:
+def tile(name: str, value: str, unit: str, detail: str, mark: Html | None = None) -> Html:
     lines = [tag("div", name, class_="name"), tag("div", value, tag("small", f" {unit}"), class_="number")]
     return tag("div", *lines, tag("div", detail, class_="detail"), *([mark] if mark else []), class_="card tile")
 
 
-def _mark(good: bool, yes: str, no: str) -> Html:
+def verdict_mark(good: bool, yes: str, no: str) -> Html:
     return tag("span", f"✓ {yes}" if good else f"✗ {no}", class_=f"mark {'good' if good else 'bad'}")
 
 
@@ -85,7 +85,7 @@ def _text_tile(result: Json) -> Html | None:
     if not bits:
         return None
     detail = f"± {bits['stderr']:.3f} on held-out text after pretraining" if bits["stderr"] else "on held-out text"
-    return _tile("Language", f"{bits['mean']:.2f}", "bits per byte", f"{detail}; 8 is knowing nothing")
+    return tile("Language", f"{bits['mean']:.2f}", "bits per byte", f"{detail}; 8 is knowing nothing")
 
 
 def _chat_tile(result: Json) -> Html | None:
@@ -94,8 +94,8 @@ def _chat_tile(result: Json) -> Html | None:
         return None
     rate, most = answers["stop_rate"], result["settings"]["max_new_tokens"]
     detail = f"of {rate['n']} held-out prompts end the turn within {most} tokens after SFT"
-    mark = _mark(rate["mean"] >= STOP_RATE, f"at least {STOP_RATE:.0%}", f"below {STOP_RATE:.0%}")
-    return _tile("Chat", f"{rate['mean']:.1%}", "", detail, mark)
+    mark = verdict_mark(rate["mean"] >= STOP_RATE, f"at least {STOP_RATE:.0%}", f"below {STOP_RATE:.0%}")
+    return tile("Chat", f"{rate['mean']:.1%}", "", detail, mark)
 
 
 def _reward_tile(result: Json) -> Html | None:
@@ -104,8 +104,9 @@ def _reward_tile(result: Json) -> Html | None:
         return None
     rivals = [(name, words) for name, words in _BASELINES if name in reward]
     detail = "of held-out pairs in order; " + ", ".join(f"{words} {reward[n]['mean']:.1%}" for n, words in rivals)
-    mark = _mark(all(sure(reward[f"over_{n}"]) for n, _ in rivals), "beats both baselines", "not above both baselines")
-    return _tile("Reward model", f"{reward['accuracy']['mean']:.1%}", "", detail, mark)
+    beaten = all(sure(reward[f"over_{n}"]) for n, _ in rivals)
+    mark = verdict_mark(beaten, "beats both baselines", "not above both baselines")
+    return tile("Reward model", f"{reward['accuracy']['mean']:.1%}", "", detail, mark)
 
 
 def _ppo_tile(result: Json) -> Html | None:
@@ -115,8 +116,8 @@ def _ppo_tile(result: Json) -> Html | None:
         return None
     detail = f"gold score over SFT on {gain['n']} prompts, at KL {against['kl']['mean']:.1f} nats"
     error = f"± {gain['stderr']:.3f}" if gain["stderr"] is not None else ""
-    mark = _mark(sure(gain), "beyond chance", "within chance")
-    return _tile("PPO", f"{gain['mean']:+.3f}", error, detail, mark)
+    mark = verdict_mark(sure(gain), "beyond chance", "within chance")
+    return tile("PPO", f"{gain['mean']:+.3f}", error, detail, mark)
 
 
 _BASELINES = (("bag_of_words", "bag of words"), ("longer_wins", "longer wins"))
@@ -253,8 +254,13 @@ def remarks(result: Json, recipe: Recipe) -> list[str]:
             "read trillions. Its sentences hold together for a few words at a time. It knows nothing of the "
             "world, and what it says of itself is made up."
         )
+    if recipe.translation and not recipe.translation.model:
+        out.append(
+            "The translator knows the words and the kind of sentence that its pairs have, and nothing beside them: on "
+            "other text it writes fluent sentences that say something else."
+        )
     judge = result.get("settings", {}).get("judge") or (recipe.rank.judge if recipe.rank else None)
-    if judge == "vader":
+    if judge == "vader" and result.get("answers"):
         ranked = recipe.rank is not None and recipe.rank.judge == judge
         same = " It also ranked what the reward model learnt from." if ranked else ""
         out.append(

@@ -29,6 +29,9 @@ def headline(result: Result) -> dict[str, float]:
         out |= {"gold_gain": against["gold_gain"]["mean"], "gold_gain_stderr": against["gold_gain"]["stderr"]}
     if "kl" in against:
         out["kl"] = against["kl"]["mean"]
+    if translation := result.get("translation"):
+        everything = translation["sources"][-1]["model"]
+        out |= {"translation_bleu": everything["bleu"], "translation_chrf": everything["chrf"]}
     for stage, bits in result["bits_per_byte"].items():
         out[f"{stage}_bits_per_byte"] = bits["mean"]
     return {name: value for name, value in out.items() if math.isfinite(value)}
@@ -36,7 +39,12 @@ def headline(result: Result) -> dict[str, float]:
 
 def warnings(result: Result) -> list[str]:
     """What did not turn out well, or makes the numbers weaker than they look, in plain words."""
-    return [*_answer_warnings(result), *_reward_warnings(result.get("reward")), *_ppo_warnings(result)]
+    return [
+        *_answer_warnings(result),
+        *_reward_warnings(result.get("reward")),
+        *_ppo_warnings(result),
+        *_translation_warnings(result.get("translation")),
+    ]
 
 
 def _answer_warnings(result: Result) -> list[str]:
@@ -89,6 +97,19 @@ def _ppo_warnings(result: Result) -> list[str]:
     if top["share"] > max(PARROTED, 2 * sft["most_frequent"]["share"]):
         out.append(f"PPO gives the same answer to {top['share']:.0%} of the prompts: “{top['text']}”")
     return out
+
+
+def _translation_warnings(translation: Result | None) -> list[str]:
+    if translation is None:
+        return []
+    rivals = (("copy", "copying the source"), ("dictionary", "a word-for-word dictionary"))
+    everything = translation["sources"][-1]
+    return [
+        f"The translations (chrF {everything['model']['chrf']:.1f}) are not better than {words} "
+        f"({everything[name]['chrf']:.1f}) by two standard errors: source and target have not found each other yet."
+        for name, words in rivals
+        if not Estimate(**translation[f"over_{name}"]).exceeds(0.0)
+    ]
 
 
 def finite(value: Any) -> Any:

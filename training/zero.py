@@ -18,9 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from training.config import TrainingConfig
+from training.config import TrainingConfig, TranslationConfig
 from training.device import ENVIRONMENT, backend
 from training.run import Run, commit_folder, save_model
+
+Config = TrainingConfig | TranslationConfig
 
 
 def init_distributed(device: str) -> None:
@@ -53,10 +55,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def deepspeed_config(config: TrainingConfig, workers: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, workers: int) -> dict[str, Any]:
     """The stage's settings as DeepSpeed takes them."""
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        # It only counts with this; a batch of tokens has no fixed number of sequences.
+        "train_micro_batch_size_per_gpu": config.micro_batch_size if isinstance(config, TrainingConfig) else 1,
         "gradient_accumulation_steps": config.gradient_accumulation_steps(workers),
         "gradient_clipping": config.max_grad_norm,
         "torch_autocast": {"enabled": config.dtype == "bf16", "dtype": "bfloat16"},
@@ -82,7 +85,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 def initialize(
     model: torch.nn.Module,
-    config: TrainingConfig,
+    config: Config,
     run: Run,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
@@ -142,6 +145,19 @@ def adopt_checkpoint(run: Run, step: int, written: Path) -> None:
     barrier()
 
 
+def resume(engine: Any, run: Run) -> int:
+    """Loads the newest checkpoint of an engine, random state included, and returns the step to go on from."""
+    latest = run.latest_checkpoint()
+    if latest is None:
+        run.rewind(0)
+        return 0
+    step, folder = latest
+    engine.load_checkpoint(str(folder), tag="deepspeed")
+    restore_random_state(run, folder)
+    run.rewind(step)
+    return step
+
+
 def random_state() -> dict[str, Any]:
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -166,6 +182,17 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=_is_sharded(model)):
         yield
+
+
+def whole_parameters(model: torch.nn.Module, run: Run) -> dict[str, torch.Tensor]:
+    """Every parameter by name, tied ones once, as rank 0 gets them in host memory; nothing for the others.
+
+    All ranks call it.
+    """
+    with gathered(model):
+        if run.rank:
+            return {}
+        return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
 def export(engine: Any, run: Run, tokenizer: Any, kind: str, **about: Any) -> None:

@@ -1,0 +1,223 @@
+"""The translation stage in one process: it learns, goes on after a stop, and what must not matter does not."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import losses
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from training import translation, translation_validation, zero
+from training.config import ConfigError, TranslationConfig
+from training.data.examples import Example
+from training.run import Run
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
+ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SIZES = {"num_layers": 1, "num_heads": 2, "hidden_size": 32, "vocab_size": 340, "max_length": 24, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def distributed():
+    zero.init_distributed("cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Four digits in words: a language of which every sentence can be translated word by word."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
+    digits = [f"{number:04d}" for number in range(0, 10_000, 9)]
+    lines = ("\t".join(" ".join(names[int(d)] for d in number) for names in (NUMBERS, ENGLISH)) for number in digits)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+@pytest.fixture
+def make_run(tmp_path, corpus):
+    def make(name="r", **changes):
+        run = Run(tmp_path / name, "translation", seed=3, val_fraction=0.05)
+        run.folder.mkdir(parents=True)
+        settings = {"pairs": [str(corpus)], "steps": 12, "batch_tokens": 512, "micro_batch_tokens": 512}
+        settings |= {"dtype": "fp32", "learning_rate": 3e-3, "checkpoint_every": 4, "eval_every": 3}
+        return TranslationConfig(**{**SIZES, **settings, **changes}), run
+
+    return make
+
+
+def test_it_learns_to_translate_and_leaves_a_model_folder(make_run):
+    config, run = make_run(steps=300, batch_tokens=1024, learning_rate=1e-2, eval_every=100, hidden_size=64)
+    translation.run(config, run)
+    assert losses(run)[0] == pytest.approx(math.log(384), abs=1.5)  # 340 tokens, padded to 64s: it knows nothing
+    metrics = run.final_metrics()
+    assert metrics["val_chrf"] > 80 and metrics["val_loss"] < 0.7
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(run.model), AutoTokenizer.from_pretrained(run.model)
+    trained = sum(p.numel() for name, p in model.named_parameters() if "embed_positions" not in name)
+    assert trained == config.parameters(model.config.vocab_size)
+    out = model.generate(**tokenizer(["drei eins vier eins"], return_tensors="pt"))
+    assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == "three one four one"
+    card = json.loads((run.model / "chatforge.json").read_text("utf-8"))
+    assert (card["kind"], card["source_language"], card["target_language"]) == ("translation", "de", "en")
+    assert card["source_script"] == "LATIN"
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):
+    goes_on_with_the_same_losses(translation, make_run, at=10)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_average(make_run, monkeypatch):
+    """Stopped after validations that the checkpoint has not seen: their weights are made again."""
+    config, undisturbed = make_run("undisturbed")
+    translation.run(config, undisturbed)
+    _, stopped = make_run("stopped")
+    monkeypatch.setattr(translation_validation.Validation, "export", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        translation.run(config, stopped)
+    monkeypatch.undo()
+    assert stopped.latest_checkpoint()[0] == 8
+    translation.run(config, stopped)
+    both = [(run.model / "model.safetensors").read_bytes() for run in (undisturbed, stopped)]
+    assert both[0] == both[1]
+    assert undisturbed.final_metrics()["val_chrf_averaged"] == stopped.final_metrics()["val_chrf_averaged"]
+
+
+def test_micro_batches_are_a_matter_of_memory_alone(make_run):
+    config, whole = make_run("whole")
+    translation.run(config, whole)
+    config, parts = make_run("parts", micro_batch_tokens=150)
+    assert config.gradient_accumulation_steps(1) == 4
+    translation.run(config, parts)
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_every_zero_stage_gives_the_same_losses(make_run, zero_stage):
+    config, reference = make_run("reference")
+    translation.run(config, reference)
+    config, sharded = make_run("sharded", zero_stage=zero_stage)
+    translation.run(config, sharded)
+    assert losses(sharded) == pytest.approx(losses(reference), abs=1e-4)
+    scores = [[line["val_chrf"] for line in r.metrics() if "val_chrf" in line] for r in (reference, sharded)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.5)
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from training import translation
+from training.config import TranslationConfig
+from training.run import Run
+run = Run(Path(sys.argv[1]), "translation", seed=3, val_fraction=0.05, workers=2)
+run.folder.mkdir(parents=True, exist_ok=True)
+translation.run(TranslationConfig.model_validate_json(sys.argv[2]), run)
+"""
+
+
+def test_two_workers_give_the_losses_of_one(make_run, tmp_path):
+    config, alone = make_run("alone")
+    translation.run(config, alone)
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(zero._free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "both"), config.model_dump_json()]
+    workers = [
+        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    told = [worker.communicate(timeout=240)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    both = Run(tmp_path / "both", "translation")
+    assert losses(both) == pytest.approx(losses(alone), abs=1e-4)
+    assert both.final_metrics()["val_loss"] == pytest.approx(alone.final_metrics()["val_loss"], abs=1e-3)
+
+
+def test_it_ends_where_nothing_gets_better(make_run):
+    config, run = make_run(steps=60, learning_rate=1e-9, eval_every=2, patience=3)
+    translation.run(config, run)
+    assert run.metrics()[-1]["step"] == 8  # the first validation is the best, and three more are no better
+
+
+def test_a_model_that_is_there_is_fine_tuned_with_adapters(make_run):
+    config, start = make_run("start", steps=6)
+    translation.run(config, start)
+    config, tuned = make_run("tuned", model=str(start.model), lora={"r": 4, "alpha": 8}, learning_rate=1e-2)
+    translation.run(config, tuned)
+    assert losses(tuned)[-1] < losses(tuned)[0]
+    before, after = (AutoModelForSeq2SeqLM.from_pretrained(r.model).state_dict() for r in (start, tuned))
+    assert before.keys() == after.keys()  # merged: an ordinary model folder
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("proj" in name or "fc" in name for name in changed)
+
+
+# ---- maths
+
+
+def test_token_loss_against_the_definition():
+    torch.manual_seed(0)
+    logits, labels, smoothing = torch.randn(2, 3, 7), torch.tensor([[1, 2, translation.IGNORED], [0, 6, 5]]), 0.1
+    by_hand = 0.0
+    for row in range(2):
+        for t in range(3):
+            if labels[row, t] == translation.IGNORED:
+                continue
+            logprobs = F.log_softmax(logits[row, t], -1)
+            wanted = torch.full((7,), smoothing / 7)
+            wanted[labels[row, t]] += 1 - smoothing
+            by_hand -= (wanted * logprobs).sum().item()
+    assert translation.token_loss(logits, labels, smoothing).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_schedules():
+    inverse = translation.schedule(TranslationConfig(pairs=["x"], steps=1000, warmup_ratio=0.1))
+    assert [inverse(s) for s in (0, 49, 99)] == pytest.approx([0.01, 0.5, 1.0])
+    assert inverse(399) == pytest.approx(0.5)  # four times the warm-up: half the rate
+    cosine = translation.schedule(TranslationConfig(pairs=["x"], steps=1000, warmup_ratio=0.1, schedule="cosine"))
+    assert cosine(99) == pytest.approx(1.0) and cosine(549) == pytest.approx(0.5) and cosine(999) == pytest.approx(0)
+
+
+def test_the_mean_of_weights():
+    states = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 6.0])}]
+    assert translation_validation.mean_of(states)["a"].tolist() == [2.0, 4.0]
+
+
+def test_collate_pads_on_the_right():
+    import numpy as np
+
+    rows = [Example(np.array([5, 6, 1]), np.array([7, 1])), Example(np.array([5, 1]), np.array([7, 8, 1]))]
+    batch = translation.collate(rows, 0, torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[5, 6, 1], [5, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[7, 1, translation.IGNORED], [7, 8, 1]]
+
+
+def test_the_tokenizer_gives_every_text_back_and_one_token_to_a_word_wherever_it_stands():
+    tokenizer = translation.train_tokenizer(["eins zwei drei zwei"] * 50, 300)
+    for text in ("zwei eins", "Ünïcode 🙂 \t x", "123"):
+        ids = tokenizer(text).input_ids
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True).removeprefix(" ") == text
+    first, again = tokenizer("zwei zwei").input_ids[:2]
+    assert first == again
+
+
+REFUSED = {
+    "a batch that holds no pair": ({"batch_tokens": 100, "max_length": 64}, "batch_tokens=100 does not hold one pair"),
+    "one language": ({"target_language": "DE"}, "target_language='DE' is the source language"),
+    "no language": ({"source_language": "German!"}, "source_language='German!'"),
+    "adapters of nothing": ({"lora": {}}, "lora adapts a model that is there"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_setting_is_refused(case, tmp_path):
+    from training.config import load_recipe
+
+    changes, said = REFUSED[case]
+    sets = [f"translation.{key}={json.dumps(value)}" for key, value in changes.items()]
+    with pytest.raises(ConfigError, match=said):
+        load_recipe("translation-tiny", sets)
