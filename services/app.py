@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from services.config import ServerConfig, ServerConfigError
 
 HOST = "127.0.0.1"
 MAX_MESSAGE_BYTES = 4 << 20
-SERVICER_FUNCTIONS = [f"services.proxy.add_{name}_service" for name in ("chat", "model", "health")]
 
 # Read by Ray's processes when they start.
 _ENVIRONMENT = {
@@ -26,42 +25,59 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
-# What Serve keeps beyond the engines' own bounds, so that the engine says no and not Serve, whose words are less plain.
+# What Serve keeps beyond the models' own bounds, so that the model says no and not Serve, whose words are less plain.
 _SPARE_REQUESTS = 16
 
 
 def applications(config: ServerConfig) -> dict[str, Any]:
-    """The Serve applications by name."""
+    """The Serve applications by name: a service without models has none."""
     from ray import serve
 
-    from services.chat import ChatService
     from services.models import ModelService
 
-    bounds = sum(m.max_num_seqs + m.max_waiting for m in config.chat.values())
-    chat = serve.deployment(
-        num_replicas=config.replicas,
-        max_ongoing_requests=bounds + _SPARE_REQUESTS,  # Serve's default of 5 would starve the engine's batches
-        max_queued_requests=_SPARE_REQUESTS,
-        ray_actor_options=_resources(config),
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=5,
-        max_constructor_retry_count=1,  # a folder that cannot be served now cannot be served a minute later
-    )(ChatService)
     models = serve.deployment(
         max_ongoing_requests=100,
         max_queued_requests=100,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=1,
     )(ModelService)
-    device = "cuda" if config.gpus_per_replica else "cpu"
+    made = {"models": models.bind(config.services)}
+    if config.chat:
+        from services.chat import ChatService
+
+        answers = sum(m.max_num_seqs + m.max_waiting for m in config.chat.values())
+        made["chat"] = _application(ChatService, config, config.chat, answers)
+    if config.translation:
+        from services.translation import TranslationService
+
+        # A sentence is a token at least.
+        sentences = sum(m.max_batch_tokens + m.max_waiting for m in config.translation.values())
+        made["translation"] = _application(TranslationService, config, config.translation, sentences)
+    return made
+
+
+def _application(service: type, config: ServerConfig, models: Mapping[str, Any], bound: int) -> Any:
+    """The application of a service that holds models; `bound` is how many requests they take at once, at the most."""
+    from ray import serve
+
+    deployment = serve.deployment(
+        num_replicas=config.replicas,
+        max_ongoing_requests=bound + _SPARE_REQUESTS,  # Serve's default of 5 would starve the models' batches
+        max_queued_requests=_SPARE_REQUESTS,
+        ray_actor_options=_resources(config),
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+        max_constructor_retry_count=1,  # a folder that cannot be served now cannot be served a minute later
+    )(service)
     # A replica may run elsewhere: paths are made absolute where they were given.
-    held = {name: m.model_copy(update={"model": str(m.folder.resolve())}) for name, m in config.chat.items()}
-    return {"chat": chat.bind(held, device), "models": models.bind({"chat": sorted(config.chat)})}
+    held = {name: m.model_copy(update={"model": str(m.folder.resolve())}) for name, m in models.items()}
+    return deployment.bind(held, "cuda" if config.gpus_per_replica else "cpu")
 
 
 def _resources(config: ServerConfig) -> dict[str, Any]:
     """Threads are said outright: Ray would derive them from num_cpus, and two full sets starve one another."""
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.replicas)
+    replicas = config.replicas * len(config.services)
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // replicas)
     return {
         "num_cpus": 0,
         "num_gpus": config.gpus_per_replica,
@@ -123,7 +139,7 @@ def _deploy(config: ServerConfig) -> None:
         http_options={"host": HOST, "port": free_port()},  # Serve cannot do without; nothing is served there
         grpc_options=gRPCOptions(
             port=config.port,
-            grpc_servicer_functions=SERVICER_FUNCTIONS,
+            grpc_servicer_functions=_servicer_functions(config),
             request_timeout_s=config.request_timeout_s,
         ),
         logging_config={"enable_access_log": False},
@@ -134,6 +150,11 @@ def _deploy(config: ServerConfig) -> None:
         serve.run_many(targets)
     except RuntimeError as error:
         raise _startup_error() or error from None
+
+
+def _servicer_functions(config: ServerConfig) -> list[str]:
+    """Those of the services that there are; that of health comes last, since it looks at the others."""
+    return [f"services.proxy.add_{name}_service" for name in (*config.services, "model", "health")]
 
 
 def _startup_error() -> ServerConfigError | None:

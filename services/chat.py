@@ -12,8 +12,9 @@ from chatforge.v1.chat_pb2 import ChatRequest, ChatResponse, StreamChatRequest, 
 from chatforge.v1.models_pb2 import Model
 from services import convert
 from services.chat_model import ChatModel
+from services.choice import choose_name
 from services.config import ChatModelConfig
-from services.errors import answers, not_found
+from services.errors import answers
 from services.metrics import ChatMetrics, RequestTimes
 from services.stream import coalesced
 from serving.engine.api import Chunk
@@ -30,7 +31,7 @@ class ChatService:
 
     @answers(ChatResponse)
     async def Chat(self, request: ChatRequest, grpc_context: Any, request_id: str) -> ChatResponse:
-        model = self._model(request.model)
+        model = self._models[choose_name("model", request.model, self._models)]
         prompt_ids, params = await model.prepare(request)
         times = RequestTimes(self._metrics[model.name], len(prompt_ids))
         chunks: list[Chunk] = []
@@ -44,7 +45,7 @@ class ChatService:
     async def StreamChat(
         self, request: StreamChatRequest, grpc_context: Any, request_id: str
     ) -> AsyncIterator[StreamChatResponse]:
-        model = self._model(request.model)
+        model = self._models[choose_name("model", request.model, self._models)]
         prompt_ids, params = await model.prepare(request)
         times = RequestTimes(self._metrics[model.name], len(prompt_ids))
         completion_tokens = 0
@@ -69,14 +70,6 @@ class ChatService:
         """Serve calls this every few seconds; what it sees goes out as gauges."""
         for name, model in self._models.items():
             self._metrics[name].show(model.engine.stats())
-
-    def _model(self, name: str) -> ChatModel:
-        if not name and len(self._models) == 1:
-            return next(iter(self._models.values()))
-        if name not in self._models:
-            said = f"{name!r} is not served here" if name else "is empty, and there is more than one"
-            raise not_found("model", f"{said}; there are: {', '.join(sorted(self._models))}")
-        return self._models[name]
 
 
 def _worth_sending(chunk: Chunk) -> bool:

@@ -47,7 +47,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, StageCrashed):
         return 1
     called = getattr(error, "code", None)  # services.client.CallError, which is not imported for this
-    if called in ("INVALID_ARGUMENT", "NOT_FOUND"):
+    if called in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
         return 2
     return 1 if called else None
 
@@ -179,22 +179,32 @@ def serve(
     chat: Annotated[
         list[str], typer.Option(metavar="MODEL", help="A model folder, NAME=FOLDER, or a run. Repeat for more.")
     ] = [],  # noqa: B006
+    translation: Annotated[list[str], typer.Option(metavar="MODEL", help="The same, for models that translate.")] = [],  # noqa: B006
     port: Annotated[int | None, typer.Option(help="Default: 9000.")] = None,
 ) -> None:
     """Answer over gRPC until Ctrl-C."""
-    from services.config import load_config, parse_chat_option
+    from services.config import load_config, parse_model_option
 
-    named = {name: {"model": model} for name, model in map(parse_chat_option, chat)}
-    settings = load_config(config, chat=named, **({} if port is None else {"port": port}))
+    given = {"chat": chat, "translation": translation}
+    models = {
+        service: {name: {"model": model} for name, model in (parse_model_option(option, service) for option in options)}
+        for service, options in given.items()
+    }
+    settings = load_config(config, **models, **({} if port is None else {"port": port}))
     from services.app import running
 
-    typer.echo(f"starting {', '.join(settings.chat)} ...")
+    held = settings.chat | settings.translation
+    typer.echo(f"starting {', '.join(held)} ...")
     with running(settings) as address:
-        first = next(iter(settings.chat))
-        for name, model in settings.chat.items():
+        for name, model in held.items():
             typer.echo(f"  {name:<24} {model.folder}")
         typer.echo(f"ready at {address}, on every network interface of this machine")
-        typer.echo(f'  chatforge chat --server {address} --model {first} "Hello!"')
+        for command, served, text in (
+            ("chat", settings.chat, "Hello!"),
+            ("translate", settings.translation, "Guten Tag!"),
+        ):
+            if served:
+                typer.echo(f'  chatforge {command} --server {address} --model {next(iter(served))} "{text}"')
         signal.pause()
 
 
@@ -220,6 +230,42 @@ def chat(
             conversation.say(" ".join(text) or sys.stdin.read().strip())
         else:
             converse(conversation)
+
+
+@app.command()
+def translate(
+    text: Annotated[
+        list[str], typer.Argument(help="What to translate; without it, --file, stdin or what you type.")
+    ] = [],  # noqa: B006
+    file: Annotated[Path | None, typer.Option(help="A document in UTF-8; its lines stay as they are.")] = None,
+    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="A BCP-47 tag, as de or pt-BR.")] = "",
+    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="The same.")] = "",
+    server: ServerOption = DEFAULT_SERVER,
+    model: Annotated[str, typer.Option(help="Instead of the languages; needed where they leave a choice.")] = "",
+    num_beams: Annotated[int | None, typer.Option(help="1: greedy.")] = None,
+    num_hypotheses: Annotated[
+        int | None, typer.Option(help="Above 1: as many translations, with their scores.")
+    ] = None,
+) -> None:
+    """Translate with a model that a server serves."""
+    from services.client import Client
+    from services.interpreter import Interpreter, read_document
+
+    if text and file:
+        raise ValueError("a text and --file are given; give one of them")
+    with Client(server) as client:
+        interpreter = Interpreter(
+            client, source=source, target=target, model=model, num_beams=num_beams, num_hypotheses=num_hypotheses
+        )
+        if not (text or file) and sys.stdin.isatty():
+            interpreter.converse()
+            return
+        said = " ".join(text) if text else read_document(file)
+        if (num_hypotheses or 1) > 1:
+            interpreter.show_hypotheses(said)
+        else:
+            interpreter.translate(said)
+            typer.echo("", nl=bool(text))  # a document's end is its own
 
 
 @app.command()
@@ -251,6 +297,17 @@ def bench_serve(
     from services.bench import bench_serving
 
     bench_serving(model, _show)
+
+
+@bench.command("translate")
+def bench_translate(
+    model: Annotated[str, typer.Argument(help="A translation model's folder or a run.")] = "translation-tiny",
+    pairs: Annotated[str, typer.Argument(help="Sentence pairs, as a recipe names them.")] = "sample:emoji-names",
+) -> None:
+    """1, 16 and 64 gRPC callers, beside transformers.generate one by one and in a batch, in the same run."""
+    from services.bench_translation import bench_translation
+
+    bench_translation(model, pairs, _show)
 
 
 @bench.command("train")

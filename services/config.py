@@ -3,9 +3,11 @@
     port: 9000
     chat:
       smollm2: {model: models/smollm2, dtype: bf16}
+    translation:
+      de-en: {model: pictograms, max_num_beams: 4}
 
-A `model` is a model folder, or the name of a run in runs/, which stands for its newest chat model. Imports nothing
-heavier than pydantic. Every mistake is a ServerConfigError that names the key, the value and the fix.
+A `model` is a model folder, or the name of a run in runs/, which stands for its newest model of that service. Imports
+nothing heavier than pydantic. Every mistake is a ServerConfigError that names the key, the value and the fix.
 """
 
 import json
@@ -17,7 +19,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
-CHAT_STAGES = ("ppo", "sft")  # newest first
+NotNegative = Annotated[int, Field(ge=0)]
+LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]  # BCP-47: de, pt-BR, zh-Hant
+STAGES = {"chat": ("ppo", "sft"), "translation": ("translation",)}  # of a run, newest first
+_KINDS = {"chat": "causal-lm", "translation": "translation"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -33,7 +38,7 @@ class ChatModelConfig(BaseModel):
     model: str  # a model folder, or a run's name
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: as the folder's weights are
     max_num_seqs: Positive = 16  # answers made at the same time
-    max_waiting: Annotated[int, Field(ge=0)] = 64  # requests that wait for one of them; the next is RESOURCE_EXHAUSTED
+    max_waiting: NotNegative = 64  # requests that wait for one of them; the next is RESOURCE_EXHAUSTED
     context_tokens: Positive = 2048  # prompt and answer together; less where the model was made for less
     max_new_tokens: Positive = 1024
     max_messages: Positive = 128
@@ -44,81 +49,145 @@ class ChatModelConfig(BaseModel):
         return find_model(self.model)
 
 
+class TranslationModelConfig(BaseModel):
+    """One translation model, and what a request to it may hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str  # a model folder, or a run's name
+    source_language: LanguageTag | None = None  # default: what the folder says of itself
+    target_language: LanguageTag | None = None
+    backend: Literal["torch", "ct2"] = "torch"  # ct2: CTranslate2, an extra
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: as the folder's weights are
+    max_texts: Positive = 128
+    max_characters: Positive = 64_000  # over all texts of a request
+    max_num_beams: Annotated[int, Field(gt=0, le=32)] = 8
+    max_new_tokens: Positive = 512  # of one sentence
+    max_batch_tokens: Positive = 4096  # of the sentences that are translated at the same time, times their beams
+    max_waiting: Positive = 4096  # sentences of all requests that wait for a batch; the next is RESOURCE_EXHAUSTED
+
+    @property
+    def folder(self) -> Path:
+        return find_model(self.model, service="translation")
+
+
+_MODEL_CONFIGS: dict[str, type[BaseModel]] = {"chat": ChatModelConfig, "translation": TranslationModelConfig}
+
+
 class ServerConfig(BaseModel):
     """A server: its models, its port and what it may use of the machine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    chat: Annotated[dict[str, ChatModelConfig], Field(min_length=1)]
+    chat: dict[str, ChatModelConfig] = {}
+    translation: dict[str, TranslationModelConfig] = {}
     port: Annotated[int, Field(gt=0, lt=65536)] = 9000
-    replicas: Positive = 1  # processes that each hold every model
-    threads: Positive | None = None  # torch threads per replica; default: the machine's cores over the replicas
-    gpus_per_replica: Annotated[int, Field(ge=0)] = 0
+    replicas: Positive = 1  # of each service: processes that each hold every model of it
+    threads: Positive | None = None  # torch threads per replica; default: the machine's cores over all replicas
+    gpus_per_replica: NotNegative = 0
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # of a whole answer, streams included
     object_store_mb: Annotated[int, Field(ge=80)] = 200
     metrics_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # Prometheus reads /metrics there
 
+    @property
+    def services(self) -> dict[str, list[str]]:
+        """The names of each service's models, of the services that have any."""
+        held = {"chat": sorted(self.chat), "translation": sorted(self.translation)}
+        return {service: names for service, names in held.items() if names}
+
     @model_validator(mode="after")
-    def _names_are_plain(self) -> Self:
-        for name in self.chat:
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"chat: model name {name!r} must be letters, digits, '.', '_' or '-', at most 64")
+    def _serves_something(self) -> Self:
+        if not self.services:
+            raise ValueError("no model to serve; give --chat MODEL, --translation MODEL or a config file")
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_plain_and_unique(self) -> Self:
+        for service, names in self.services.items():
+            if wrong := [name for name in names if not _NAME.fullmatch(name)]:
+                raise ValueError(
+                    f"{service}: model name {wrong[0]!r} must be letters, digits, '.', '_' or '-', at most 64"
+                )
+        if twice := sorted(self.chat.keys() & self.translation.keys()):
+            model = self.translation[twice[0]].model
+            raise ValueError(
+                f"translation: model name {twice[0]!r} is a chat model's; give it another: --translation NAME={model}"
+            )
         return self
 
 
 def load_config(path: Path | None, **changes: Any) -> ServerConfig:
-    """The YAML file at `path`, or an empty one, with `changes` put over it; `chat` is merged by name."""
+    """The YAML file at `path`, or an empty one, with `changes` put over it; a service's models are merged by name."""
     tree = _read(path) if path else {}
-    chat = {**(tree.get("chat") or {}), **changes.pop("chat", {})}
-    tree.update(changes, chat=chat)
+    for service in STAGES:
+        given, more = tree.get(service) or {}, changes.pop(service, {})
+        tree[service] = {**given, **more} if isinstance(given, dict) else given  # what is none is explained below
+    tree.update(changes)
     try:
         config = ServerConfig.model_validate(tree)
     except ValidationError as error:
         raise ServerConfigError("\n".join(_explained(dict(e)) for e in error.errors())) from None
-    for model in config.chat.values():
-        check_chat_folder(model.folder)
+    for chat in config.chat.values():
+        check_chat_folder(chat.folder)
+    for translation in config.translation.values():
+        check_kind(translation.folder, "translation")
     return config
 
 
-def parse_chat_option(option: str) -> tuple[str, str]:
+def parse_model_option(option: str, service: str) -> tuple[str, str]:
     """(name, model) of `NAME=MODEL` or of MODEL alone, which is then called by its run or its folder."""
     name, equals, model = option.partition("=")
     if equals and _NAME.fullmatch(name):
         return name, model
-    path = find_model(option)
-    from_run = path.name == "model" and path.parent.name in CHAT_STAGES
+    path = find_model(option, service=service)
+    from_run = path.name == "model" and path.parent.name in STAGES[service]
     return (path.parent.parent.name if from_run else path.resolve().name), option
 
 
-def find_model(model: str, runs: Path = Path("runs")) -> Path:
-    """The folder that `model` names: itself, or the newest chat model of the run of that name."""
+def find_model(model: str, runs: Path = Path("runs"), service: str = "chat") -> Path:
+    """The folder that `model` names: itself, or the newest model for `service` of the run of that name."""
     folder = Path(model)
     if (folder / "config.json").is_file():
         return folder
     run = folder if (folder / "run.json").is_file() else runs / model
-    for stage in CHAT_STAGES:
+    for stage in STAGES[service]:
         if (run / stage / "model" / "config.json").is_file():
             return run / stage / "model"
     if (run / "run.json").is_file():
+        needed = STAGES[service][-1]
         raise ServerConfigError(
-            f"run {model!r} has no chat model yet: it needs its sft stage; `chatforge runs {model}`"
+            f"run {model!r} has no {service} model yet: it needs its {needed} stage; `chatforge runs {model}`"
         )
     raise ServerConfigError(f"model {model!r} not found: give a folder with a config.json, or a run in {runs}/")
 
 
-def check_chat_folder(folder: Path) -> None:
-    """What can be told without loading: raises ServerConfigError where a chat model cannot be in `folder`."""
+def check_kind(folder: Path, service: str) -> None:
+    """What can be told without loading: raises ServerConfigError where no model for `service` can be in `folder`."""
     card = folder / "chatforge.json"
-    kind = json.loads(card.read_text("utf-8")).get("kind", "causal-lm") if card.is_file() else "causal-lm"
-    if kind != "causal-lm":
-        raise ServerConfigError(f"{folder}: holds a {kind} model; chat needs a causal-lm")
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        raise ServerConfigError(f"{folder}: has no tokenizer_config.json; a chat model's folder holds its tokenizer")
-    if not (folder / "chat_template.jinja").is_file() and "chat_template" not in json.loads(
-        settings.read_text("utf-8")
-    ):
+    kind = _read_json(card).get("kind") if card.is_file() else None
+    if kind is None:
+        kind = "translation" if _read_json(folder / "config.json").get("is_encoder_decoder") else "causal-lm"
+    if kind != _KINDS[service]:
+        raise ServerConfigError(f"{folder}: holds a {kind} model; {service} needs a {_KINDS[service]}")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ServerConfigError(
+            f"{folder}: has no tokenizer_config.json; a {service} model's folder holds its tokenizer"
+        )
+
+
+def check_chat_folder(folder: Path) -> None:
+    """As check_kind; a chat model also needs a template for conversations."""
+    check_kind(folder, "chat")
+    templated = (folder / "chat_template.jinja").is_file()
+    if not templated and "chat_template" not in _read_json(folder / "tokenizer_config.json"):
         raise ServerConfigError(f"{folder}: its tokenizer has no chat template; serve an instruction-tuned model")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise ServerConfigError(f"{file}: not a JSON object: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -137,11 +206,9 @@ def _explained(error: dict[str, Any]) -> str:
     """One line for one pydantic error: key, value, and what is valid there."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        model = ChatModelConfig if error["loc"][0] == "chat" else ServerConfig
+        model = _MODEL_CONFIGS.get(str(error["loc"][0]), ServerConfig)
         return f"{key}: no such key; valid: {', '.join(model.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: is required and has no default"
-    if error["type"] == "too_short":
-        return "chat: no model to serve; give --chat MODEL or a config file"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}={error['input']!r}: {message}" if key else message

@@ -1,12 +1,13 @@
-"""Wire types to the engine's types and back: the only place where protos meet SamplingParams and Chunk."""
+"""Wire types to those of serving and back: the only place where protos meet SamplingParams, Chunk and Translation."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from chatforge.v1 import chat_pb2, common_pb2, models_pb2
+from chatforge.v1 import chat_pb2, common_pb2, models_pb2, translation_pb2
 from services.errors import invalid
 from serving.engine.api import Chunk, SamplingParams, joined
+from serving.translation.api import Hypothesis, Piece, Translation, TranslationParams
 
 if TYPE_CHECKING:
     from serving.model_folder import ModelInfo
@@ -16,13 +17,16 @@ MAX_STOP_CHARACTERS = 256
 
 _ROLES = {chat_pb2.ROLE_SYSTEM: "system", chat_pb2.ROLE_USER: "user", chat_pb2.ROLE_ASSISTANT: "assistant"}
 _REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
-_KNOBS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
+_CHAT_KNOBS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
+_TRANSLATION_KNOBS = ("num_beams", "length_penalty", "num_hypotheses", "max_new_tokens")
 _KINDS = {
     "causal-lm": models_pb2.MODEL_KIND_CAUSAL_LM,
     "reward": models_pb2.MODEL_KIND_REWARD,
     "translation": models_pb2.MODEL_KIND_TRANSLATION,
     "text-to-image": models_pb2.MODEL_KIND_TEXT_TO_IMAGE,
 }
+
+_Params = TypeVar("_Params", SamplingParams, TranslationParams)
 
 ChatMessage = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take them
 
@@ -43,9 +47,18 @@ def chat_messages(messages: Sequence[chat_pb2.Message]) -> list[ChatMessage]:
 
 def sampling_params(config: chat_pb2.GenerationConfig, defaults: SamplingParams) -> SamplingParams:
     """`defaults` with what the request sets put over them. Raises StatusError naming the field and its range."""
-    changes: dict[str, Any] = {knob: getattr(config, knob) for knob in _KNOBS if config.HasField(knob)}
+    changes: dict[str, Any] = {knob: getattr(config, knob) for knob in _CHAT_KNOBS if config.HasField(knob)}
     if config.stop:
         changes["stop"] = _stop_strings(config.stop)
+    return _changed(defaults, changes)
+
+
+def translation_params(config: translation_pb2.TranslationConfig, defaults: TranslationParams) -> TranslationParams:
+    """As `sampling_params`."""
+    return _changed(defaults, {knob: getattr(config, knob) for knob in _TRANSLATION_KNOBS if config.HasField(knob)})
+
+
+def _changed(defaults: _Params, changes: dict[str, Any]) -> _Params:
     try:
         return dataclasses.replace(defaults, **changes)
     except ValueError as error:  # "temperature=-1.0 must be between 0 and 100"
@@ -92,6 +105,59 @@ def stream_chat_response(
 def _token_logprobs(chunk: Chunk) -> list[common_pb2.TokenLogprob]:
     pairs = zip(chunk.token_ids, chunk.logprobs, strict=False)  # logprobs are empty unless asked for
     return [common_pb2.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in pairs]
+
+
+def translate_response(
+    request_id: str, model: str, languages: tuple[str, str], translations: Iterable[Translation]
+) -> translation_pb2.TranslateResponse:
+    source, target = languages
+    return translation_pb2.TranslateResponse(
+        id=request_id,
+        model=model,
+        source_language=source,
+        target_language=target,
+        translations=[
+            translation_pb2.Translation(
+                hypotheses=map(_hypothesis, translation.hypotheses),
+                usage=_usage([translation]),
+            )
+            for translation in translations
+        ],
+    )
+
+
+def stream_translate_response(
+    request_id: str, model: str, languages: tuple[str, str], text: str
+) -> translation_pb2.StreamTranslateResponse:
+    """One message of a stream."""
+    source, target = languages
+    return translation_pb2.StreamTranslateResponse(
+        id=request_id, model=model, delta=text, source_language=source, target_language=target
+    )
+
+
+def last_stream_translate_response(
+    request_id: str, model: str, languages: tuple[str, str], pieces: Sequence[Piece]
+) -> translation_pb2.StreamTranslateResponse:
+    """The last message of a stream, after those of all `pieces`: it tells what is true of the whole."""
+    message = stream_translate_response(request_id, model, languages, "")
+    cut = any(piece.finish_reason == "length" for piece in pieces)
+    message.finish_reason = _REASONS["length" if cut else "stop"]
+    message.usage.CopyFrom(_usage(pieces))
+    return message
+
+
+def _hypothesis(hypothesis: Hypothesis) -> translation_pb2.Hypothesis:
+    return translation_pb2.Hypothesis(
+        text=hypothesis.text, score=hypothesis.score, finish_reason=_REASONS[hypothesis.finish_reason]
+    )
+
+
+def _usage(parts: Sequence[Translation | Piece]) -> common_pb2.Usage:
+    return common_pb2.Usage(
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+    )
 
 
 def model_proto(name: str, info: "ModelInfo", limits: dict[str, int]) -> models_pb2.Model:

@@ -1,40 +1,53 @@
-"""`chatforge demo`: every stage on this machine with real data, then a conversation with what came out of it.
+"""`chatforge demo`: every stage on this machine with real data, then one server with what came out of it.
 
-Beside our model, which saw a few million tokens, answers one that its makers pretrained, through the same service. The
-second run skips what is done.
+Beside our chat model, which saw a few million tokens, answers one that its makers pretrained, through the same service;
+beside both translates our translator. The second run skips what is done.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from services.client import Client
-from services.config import ChatModelConfig, ServerConfig, find_model
+from services.config import ChatModelConfig, ServerConfig, TranslationModelConfig, find_model
 
-RECIPE = "tiny"
+if TYPE_CHECKING:
+    from training.config import Recipe
+
+CHAT_RECIPE, TRANSLATION_RECIPE = "tiny", "translation-tiny"
 PRETRAINED = Path("models/SmolLM2-135M-Instruct")
 QUESTIONS = ("Hello! How are you today?", "What do you like to do in summer?")
+PHRASES = "grinsendes gesicht\nmüder mann dunkle hautfarbe\nfrau mit roten haaren helle hautfarbe"
 OURS, THEIRS = "tiny", "smollm2"
 
 
 def run_demo(runs: Path) -> None:
     """Trains, imports, serves, asks, and ends with nothing running. Raises ValueError where a package is missing."""
-    from training import pipeline
     from training.config import load_recipe
-    from training.report import write_report
 
     file = pretrained_file()
-    recipe = load_recipe(RECIPE)
-    root = pipeline.train(recipe, runs, say=typer.echo)
-    typer.echo(f"report: {write_report(root)}")
+    recipes = [load_recipe(name) for name in (CHAT_RECIPE, TRANSLATION_RECIPE)]
+    for recipe in recipes:
+        _train(recipe, runs)
     if not (PRETRAINED / "config.json").is_file():
         from training.import_gguf import import_gguf
 
         typer.echo(f"importing {file.name} into {PRETRAINED}")
         import_gguf(file, PRETRAINED)
-    ours = find_model(recipe.name, runs)
-    _serve_and_ask({OURS: str(ours), THEIRS: str(PRETRAINED)}, _about(recipe.pretrain))
+    chat, translation = recipes
+    models = {OURS: str(find_model(chat.name, runs)), THEIRS: str(PRETRAINED)}
+    translator = str(find_model(translation.name, runs, service="translation"))
+    _serve_and_ask(models, {translation.name: translator}, _about(chat.pretrain))
+
+
+def _train(recipe: "Recipe", runs: Path) -> None:
+    from training import pipeline
+    from training.report import write_report
+
+    root = pipeline.train(recipe, runs, say=typer.echo)
+    typer.echo(f"report: {write_report(root)}\n")
 
 
 def pretrained_file() -> Path:
@@ -55,19 +68,36 @@ def _about(pretrain: object) -> str:
     )
 
 
-def _serve_and_ask(models: dict[str, str], about: str) -> None:
+def _serve_and_ask(models: dict[str, str], translators: dict[str, str], about: str) -> None:
     from services.app import free_port, running
 
-    chat = {name: ChatModelConfig(model=model, max_num_seqs=4) for name, model in models.items()}
-    typer.echo("\nstarting the service ...")
-    with running(ServerConfig(chat=chat, port=free_port())) as address, Client(address) as client:
+    config = ServerConfig(
+        chat={name: ChatModelConfig(model=model, max_num_seqs=4) for name, model in models.items()},
+        translation={name: TranslationModelConfig(model=model) for name, model in translators.items()},
+        port=free_port(),
+    )
+    typer.echo("starting the service ...")
+    with running(config) as address, Client(address) as client:
         typer.echo(f"{about}\n")
         for model in models:
             for question in QUESTIONS:
                 _ask(client, model, question)
+        _translate(client)
     typer.echo("Talk to them yourself, in two terminals:")
-    options = " ".join(f"--chat {name}={model}" for name, model in models.items())
+    given = {"chat": models, "translation": translators}
+    options = " ".join(
+        f"--{service} {name}={model}" for service, named in given.items() for name, model in named.items()
+    )
     typer.echo(f"  chatforge serve {options}\n  chatforge chat --model {OURS}")
+
+
+def _translate(client: Client) -> None:
+    """A few names of pictograms over gRPC, line by line."""
+    typer.echo("The translator has learnt the names of pictograms, German to English, and no other sentence.\n")
+    stream = client.stream_translate(PHRASES, source="de", target="en")
+    for german, english in zip(PHRASES.split("\n"), "".join(stream).split("\n"), strict=True):
+        typer.echo(f"  {german:<40} {english}")
+    typer.echo("")
 
 
 def _ask(client: Client, model: str, question: str) -> None:

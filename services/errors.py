@@ -10,7 +10,7 @@ import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -85,6 +85,13 @@ def send(error: StatusError, context: Any, request_id: str) -> None:
     context.set_code(error.code)
     context.set_details(error.text)
     context.set_trailing_metadata([(DETAILS_KEY, status_proto(error, request_id).SerializeToString())])
+
+
+async def refuse(error: StatusError, context: Any) -> NoReturn:
+    """Ends a call that the proxy takes no further; `context` is grpc's own."""
+    details = status_proto(error, str(uuid.uuid4())).SerializeToString()
+    await context.abort(error.code, error.text, ((DETAILS_KEY, details),))
+    raise AssertionError("abort raises")
 
 
 def request_id_of(context: Any) -> str:

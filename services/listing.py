@@ -38,9 +38,11 @@ def models_table(models: Iterable[models_pb2.Model]) -> Table:
         lineage = model.lineage
         made = f"run {lineage.run}, {lineage.stage}" if lineage.run else lineage.source
         state = models_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_")
-        kind = models_pb2.ModelKind.Name(model.kind).removeprefix("MODEL_KIND_")
+        kind = models_pb2.ModelKind.Name(model.kind).removeprefix("MODEL_KIND_").lower().replace("_", "-")
+        if model.source_language:
+            kind += f", {model.source_language} to {model.target_language}"
         context = str(model.limits.context_tokens or "")
-        table.add_row(model.name, state.lower(), kind.lower().replace("_", "-"), model.revision, context, made)
+        table.add_row(model.name, state.lower(), kind, model.revision, context, made)
     return table
 
 

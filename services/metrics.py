@@ -1,11 +1,13 @@
 """Metrics under the names that vLLM's users know, in seconds and tokens, through Ray to Prometheus."""
 
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serving.engine.api import Chunk, EngineStats
+from serving.translation.api import Piece, Translation, TranslatorStats
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TAGS = ("model_name",)
@@ -14,23 +16,53 @@ _BY_MODEL = (_SECONDS, _TAGS)
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 
-class ChatMetrics:
-    """What one model of one replica publishes, tagged with the model's name."""
+class _ModelMetrics:
+    """What one model of one replica publishes, tagged with the model's name, whatever it does."""
 
     def __init__(self, model: str) -> None:
+        self.prompt_tokens = _tagged(Counter("prompt_tokens", "Tokens of answered prompts", _TAGS), model)
+        self.generation_tokens = _tagged(Counter("generation_tokens", "Tokens made", _TAGS), model)
+        self.running = _tagged(Gauge("num_requests_running", "Sequences that are worked on", _TAGS), model)
+        self.waiting = _tagged(Gauge("num_requests_waiting", "Sequences that wait for a slot", _TAGS), model)
+
+    def _show_load(self, stats: EngineStats | TranslatorStats) -> None:
+        self.running.set(stats.num_requests_running)
+        self.waiting.set(stats.num_requests_waiting)
+
+
+class ChatMetrics(_ModelMetrics):
+    """A chat model's; a sequence is a request's answer."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
         self.first_token = _tagged(Histogram("time_to_first_token_seconds", "Until first token", *_BY_MODEL), model)
         self.queue_time = _tagged(Histogram("request_queue_time_seconds", "Until a slot is free", *_BY_MODEL), model)
         self.next_token = _tagged(Histogram("inter_token_latency_seconds", "Between outputs", *_BY_MODEL), model)
-        self.prompt_tokens = _tagged(Counter("prompt_tokens", "Tokens of answered prompts", _TAGS), model)
-        self.generation_tokens = _tagged(Counter("generation_tokens", "Tokens made", _TAGS), model)
-        self.running = _tagged(Gauge("num_requests_running", "Requests that hold an engine's slot", _TAGS), model)
-        self.waiting = _tagged(Gauge("num_requests_waiting", "Requests that wait for a slot", _TAGS), model)
         self.cache_usage = _tagged(Gauge("kv_cache_usage_perc", "Part of the cache in use, 0 to 1", _TAGS), model)
 
     def show(self, stats: EngineStats) -> None:
-        self.running.set(stats.num_requests_running)
-        self.waiting.set(stats.num_requests_waiting)
+        self._show_load(stats)
         self.cache_usage.set(stats.kv_cache_usage_perc)
+
+
+class TranslationMetrics(_ModelMetrics):
+    """A translation model's; a sequence is a sentence."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.request_time = _tagged(Histogram("e2e_request_latency_seconds", "Whole requests", *_BY_MODEL), model)
+        self.texts = _tagged(Counter("translated_texts", "Texts of answered requests", _TAGS), model)
+
+    def show(self, stats: TranslatorStats) -> None:
+        self._show_load(stats)
+
+    def answered(self, started: float, texts: int, made: Sequence[Translation | Piece]) -> None:
+        """A whole request, which had passed its checks at `started` of time.perf_counter()."""
+        self.request_time.observe(time.perf_counter() - started)
+        self.texts.inc(texts)
+        if tokens := sum(part.prompt_tokens for part in made):  # Ray's counters refuse 0
+            self.prompt_tokens.inc(tokens)
+            self.generation_tokens.inc(sum(part.completion_tokens for part in made))
 
 
 class RequestTimes:

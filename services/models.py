@@ -17,7 +17,8 @@ from chatforge.v1.models_pb2 import (
     Model,
     ModelState,
 )
-from services.errors import answers, not_found
+from services.choice import choose_name
+from services.errors import answers
 from services.state import State, application_state
 
 _STATES = {
@@ -43,13 +44,10 @@ class ModelService:
 
     @answers(GetModelResponse)
     async def GetModel(self, request: GetModelRequest, grpc_context: Any, request_id: str) -> GetModelResponse:
-        names = sorted(name for names in self._models.values() for name in names)
-        wanted = request.name or (names[0] if len(names) == 1 else "")
-        for application, served in self._models.items():
-            if wanted in served:
-                return GetModelResponse(model=next(m for m in await self._of(application) if m.name == wanted))
-        said = f"{wanted!r} is not served here" if wanted else "is empty, and there is more than one"
-        raise not_found("name", f"{said}; there are: {', '.join(names)}")
+        applications = {name: application for application, names in self._models.items() for name in names}
+        wanted = choose_name("name", request.name, applications)
+        found = await self._of(applications[wanted])
+        return GetModelResponse(model=next(model for model in found if model.name == wanted))
 
     async def _of(self, application: str) -> list[Model]:
         state = await application_state(application)

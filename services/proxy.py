@@ -1,25 +1,33 @@
 """What we add to Serve's gRPC proxy, through the servicer functions that it calls with its server.
 
-Three things, all on interfaces that Ray 2.60 keeps private, and therefore all here: the standard health service; the
-application of each service, so that a client need not send Serve's `application` metadata; and a last look at every
-status, since Serve's own (a replica that died, a full queue, a timeout) show actor ids, addresses and pids.
+Five things, on interfaces that Ray 2.60 keeps private, and therefore all here: the standard health service; the
+application of each service, so that a client need not send Serve's `application` metadata; a refusal of bytes that are
+no request; a refusal of services that this server does not have; and a last look at every status, since Serve's own (a
+replica that died, a full queue, a timeout) show actor ids, addresses and pids.
 """
 
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
+from ray.serve._private.grpc_util import get_service_names
 
 from chatforge.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 from chatforge.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
-from services.errors import DETAILS_KEY, StatusError, overloaded, send, unavailable
+from chatforge.v1.translation_pb2_grpc import add_TranslationServiceServicer_to_server
+from services.errors import DETAILS_KEY, StatusError, overloaded, refuse, send, unavailable
 from services.health import HEALTH_SERVICE, add_health_servicer
 
 # Which application serves which service; a grpc.health.v1 client asks by these names too.
-APPLICATIONS = {"chatforge.v1.ChatService": "chat", "chatforge.v1.ModelService": "models"}
+APPLICATIONS = {
+    "chatforge.v1.ChatService": "chat",
+    "chatforge.v1.TranslationService": "translation",
+    "chatforge.v1.ModelService": "models",
+}
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,32 +35,75 @@ Handler = Callable[[Any, Any], Any]
 
 
 def add_chat_service(servicer: Any, server: Any) -> None:
-    _add(add_ChatServiceServicer_to_server, servicer, server, APPLICATIONS["chatforge.v1.ChatService"])
+    _add(add_ChatServiceServicer_to_server, servicer, server, "chat")
+
+
+def add_translation_service(servicer: Any, server: Any) -> None:
+    _add(add_TranslationServiceServicer_to_server, servicer, server, "translation")
 
 
 def add_model_service(servicer: Any, server: Any) -> None:
-    _add(add_ModelServiceServicer_to_server, servicer, server, APPLICATIONS["chatforge.v1.ModelService"])
+    _add(add_ModelServiceServicer_to_server, servicer, server, "models")
 
 
 def add_health_service(servicer: Any, server: Any) -> None:
+    """The last to be called: it answers for the services added before, and refuses calls to any other of ours."""
+    added = get_service_names(server.generic_rpc_handlers)
+    applications = {service: application for service, application in APPLICATIONS.items() if service in added}
+    # Past Serve's own method of that name, which would send the calls to replicas and list the services as served.
+    super(type(server), server).add_generic_rpc_handlers((_Absent(applications),))
     server.add_passthrough_service(HEALTH_SERVICE)
-    add_health_servicer(APPLICATIONS, server)
+    add_health_servicer(applications, server)
+
+
+class _Absent(grpc.GenericRpcHandler):
+    """Answers calls to services of ours that this server does not have; grpc's own words are "Method not found!"."""
+
+    def __init__(self, present: Collection[str]) -> None:
+        self._present = present
+
+    def service(self, handler_call_details: Any) -> Any:
+        service = handler_call_details.method.strip("/").partition("/")[0]
+        if service in self._present or not service.startswith("chatforge."):
+            return None
+        text = f"this server has no {service}; it has: {', '.join(sorted(self._present))}"
+        error = StatusError(grpc.StatusCode.UNIMPLEMENTED, text)
+        return grpc.unary_unary_rpc_method_handler(functools.partial(_end_with, error))
+
+
+async def _end_with(error: StatusError, request: bytes, context: Any) -> None:
+    await refuse(error, context)
 
 
 def _add(add: Callable[[Any, Any], None], servicer: Any, server: Any, application: str) -> None:
     """Registers a service whose handlers are Serve's own with ours around them."""
-    serves = server.service_handler_factory
+    serves, overrides = server.service_handler_factory, server._override_method_handler
     server.service_handler_factory = functools.partial(_handler, serves, application)
+    server._override_method_handler = functools.partial(_with_parser, overrides)
     try:
         add(servicer, server)
     finally:
-        server.service_handler_factory = serves
+        server.service_handler_factory, server._override_method_handler = serves, overrides
+
+
+def _with_parser(overrides: Callable[..., Any], method: str, handler: Any) -> Any:
+    """Bytes that cannot be parsed arrive as the error they made: grpc would answer UNKNOWN with Python's words."""
+
+    def parse(sent: bytes) -> Any:
+        try:
+            return handler.request_deserializer(sent)
+        except DecodeError as error:
+            return error
+
+    return overrides(method, handler)._replace(request_deserializer=parse)
 
 
 def _handler(serves: Callable[..., Handler], application: str, *, service_method: str, streaming_type: Any) -> Handler:
     inner = serves(service_method=service_method, streaming_type=streaming_type)
 
     async def unary(request: Any, context: Any) -> bytes:
+        if isinstance(request, DecodeError):
+            await refuse(_unreadable(service_method), context)
         call = _Call(context, application)
         response = await inner(request, call)
         call.end(context)
@@ -65,6 +116,8 @@ def _handler(serves: Callable[..., Handler], application: str, *, service_method
         always is. Going while a message is written just closes this generator, and would leave the replica at work to
         the end of the answer.
         """
+        if isinstance(request, DecodeError):
+            await refuse(_unreadable(service_method), context)
         call = _Call(context, application)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         reader = asyncio.create_task(_read(inner(request, call), queue))
@@ -77,6 +130,11 @@ def _handler(serves: Callable[..., Handler], application: str, *, service_method
             reader.cancel()
 
     return stream if streaming_type.name.endswith("_STREAM") else unary
+
+
+def _unreadable(service_method: str) -> StatusError:
+    request = f"{service_method.rpartition('/')[2]}Request"
+    return StatusError(grpc.StatusCode.INVALID_ARGUMENT, f"{request}: cannot be parsed; its strings must be UTF-8")
 
 
 async def _read(messages: AsyncIterator[bytes], queue: "asyncio.Queue[bytes | None]") -> None:

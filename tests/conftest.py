@@ -19,6 +19,7 @@ class TinyWorld:
     tokenizer: Path  # a tokenizer folder, at most 512 tokens
     llama: Path  # model folders: 2 layers, width 32, 256 positions, random weights, the tokenizer beside them
     gpt2: Path
+    translation: Path  # the same for an encoder-decoder, Marian, from German into English
     chats: Path  # jsonl: 96 chats of one or two exchanges, 8 of them labelled bad
     rankings: Path  # jsonl: 48 rankings of 4 completions, some with ties; more friendly words rank higher
     prompts: Path  # jsonl: 24 prompts
@@ -27,13 +28,14 @@ class TinyWorld:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     root = tmp_path_factory.mktemp("tiny_world")
-    world = TinyWorld(root, *(root / name for name in ("corpus.txt", "tokenizer", "llama", "gpt2")),
+    world = TinyWorld(root, *(root / name for name in ("corpus.txt", "tokenizer", "llama", "gpt2", "translation")),
                       *(root / f"{name}.jsonl" for name in ("chats", "rankings", "prompts")))  # fmt: skip
     world.corpus.write_text("\n\n".join(_documents()), "utf-8")
     _write_jsonl(world.chats, _chats())
     _write_jsonl(world.rankings, _rankings())
     _write_jsonl(world.prompts, [{"prompt": f"What is {thing}?"} for thing in _THINGS])
     _build_models(world)
+    _build_translation_model(world)
     return world
 
 
@@ -105,6 +107,37 @@ def _build_models(world: TinyWorld) -> None:
         tokenizer.save_pretrained(folder)
         card = {"kind": "causal-lm", "run": "tiny", "stage": folder.name}
         (folder / "chatforge.json").write_text(json.dumps(card) + "\n", "utf-8")
+
+
+def _build_translation_model(world: TinyWorld) -> None:
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, GenerationConfig, MarianConfig, MarianMTModel
+
+    tokenizer = AutoTokenizer.from_pretrained(world.tokenizer)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, eos)]
+    )
+    tokenizer.chat_template = None
+    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "decoder_start_token_id": pad}
+    layers = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in _MARIAN_SIDE.items()}
+    torch.manual_seed(0)
+    model = MarianMTModel(
+        MarianConfig(
+            vocab_size=len(tokenizer), d_model=32, max_position_embeddings=256, init_std=0.3, forced_eos_token_id=None,
+            dropout=0.0, scale_embedding=True, **layers, **ids,
+        )
+    )  # fmt: skip
+    model.generation_config = GenerationConfig(num_beams=2, length_penalty=0.5, max_length=256, **ids)
+    model.save_pretrained(world.translation)
+    tokenizer.save_pretrained(world.translation)
+    card = {"kind": "translation", "run": "tiny", "stage": "translation", "source_script": "LATIN"}
+    card |= {"source_language": "de", "target_language": "en"}
+    (world.translation / "chatforge.json").write_text(json.dumps(card) + "\n", "utf-8")
+
+
+_MARIAN_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 
 
 @pytest.fixture(autouse=True)

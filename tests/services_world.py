@@ -1,17 +1,19 @@
-"""One real server for the tests of services: the `chatforge serve` command, with two tiny models, on loopback."""
+"""A real server for the tests of services: the `chatforge serve` command, with tiny models, on loopback."""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import yaml
@@ -23,17 +25,24 @@ LONG_CONTEXT = 20_000
 
 @dataclass(frozen=True)
 class Server:
-    """A running `chatforge serve`: "tiny" has strict LIMITS, "long" answers for as long as a test needs."""
+    """A running `chatforge serve`."""
 
     address: str
     metrics_port: int
     process: "subprocess.Popen[str]"
     greeting: str  # what it printed until it was ready
 
-    def replica(self) -> psutil.Process:
-        """The process that holds the models."""
+    def replicas(self) -> dict[str, psutil.Process]:
+        """The process of each application's replica."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return next(p for p in family if "ServeReplica:chat" in " ".join(p.cmdline()))
+        names = {p: re.search(r"ServeReplica:(\w+)", " ".join(p.cmdline())) for p in family}
+        return {name[1]: process for process, name in names.items() if name}
+
+    def metrics(self) -> str:
+        """The page that Prometheus reads; empty while nobody answers there."""
+        with suppress(OSError):
+            return urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5).read().decode()
+        return ""
 
 
 @contextmanager
@@ -43,7 +52,7 @@ def serving(folder: Path, config: dict[str, Any]) -> Iterator[Server]:
     process = start_command(["serve", "server.yaml"], folder)
     family: list[psutil.Process] = []
     try:
-        greeting = _until_ready(process)
+        greeting = _until_ready(process, len(config.keys() & {"chat", "translation"}))
         family = psutil.Process(process.pid).children(recursive=True)
         yield Server(f"127.0.0.1:{config['port']}", config["metrics_port"], process, greeting)
     finally:
@@ -105,11 +114,12 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def _until_ready(process: "subprocess.Popen[str]") -> str:
+def _until_ready(process: "subprocess.Popen[str]", services: int) -> str:
+    """What it prints up to the last of its hints, one a service, at how to reach it."""
     assert process.stdout and process.stderr
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "chatforge chat --server" in line:
+        if sum("--server" in line for line in lines) == services:
             return "".join(lines)
     raise AssertionError("".join(lines) + process.stderr.read())

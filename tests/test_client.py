@@ -12,15 +12,15 @@ import grpc
 import pytest
 from services_world import environment
 
-from chatforge.v1 import chat_pb2, chat_pb2_grpc, common_pb2
-from services.client import AsyncClient, CallError, Client
+from chatforge.v1 import chat_pb2, chat_pb2_grpc, common_pb2, translation_pb2, translation_pb2_grpc
+from services.client import AsyncClient, CallError, Client, LanguagePair
 
 UNAVAILABLE, EXHAUSTED, INTERNAL = (
     getattr(grpc.StatusCode, name) for name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL")
 )
 
 
-class Scripted(chat_pb2_grpc.ChatServiceServicer):
+class Scripted(chat_pb2_grpc.ChatServiceServicer, translation_pb2_grpc.TranslationServiceServicer):
     """Fails with each of `errors` in turn, after `delivered` messages; then answers."""
 
     def __init__(self) -> None:
@@ -52,6 +52,40 @@ class Scripted(chat_pb2_grpc.ChatServiceServicer):
         reason = common_pb2.FINISH_REASON_STOP
         yield chat_pb2.StreamChatResponse(id="r", model="m", delta="llo", finish_reason=reason, seed=5)
 
+    def Translate(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        if self.errors:
+            context.abort(self.errors.pop(0), "said the script")
+        hypotheses = [
+            translation_pb2.Hypothesis(text=text, score=-0.5, finish_reason=common_pb2.FINISH_REASON_LENGTH)
+            for text in ("best", "next")
+        ]
+        return translation_pb2.TranslateResponse(
+            id="r",
+            model="m",
+            source_language="de",
+            target_language="en",
+            translations=[translation_pb2.Translation(hypotheses=hypotheses) for _ in request.texts],
+        )
+
+    def StreamTranslate(self, request: Any, context: Any) -> Iterator[Any]:
+        self._note(request, context)
+        context.add_callback(self.cancelled.set)
+        if self.errors:
+            yield translation_pb2.StreamTranslateResponse()
+            context.abort(self.errors.pop(0), "said the script")
+        yield translation_pb2.StreamTranslateResponse(id="r", model="m", delta="One. ")
+        if request.model == "endless":
+            self.cancelled.wait(30)
+        yield translation_pb2.StreamTranslateResponse(id="r", model="m", delta="Two.")
+        usage = common_pb2.Usage(prompt_tokens=4, completion_tokens=6)
+        reason = common_pb2.FINISH_REASON_STOP
+        yield translation_pb2.StreamTranslateResponse(id="r", model="m", finish_reason=reason, usage=usage)
+
+    def ListLanguages(self, request: Any, context: Any) -> Any:
+        pair = translation_pb2.LanguagePair(source_language="de", target_language="en", models=["m"])
+        return translation_pb2.ListLanguagesResponse(pairs=[pair])
+
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
@@ -67,6 +101,7 @@ def address(script: Scripted) -> Iterator[str]:
     with ThreadPoolExecutor(8) as pool:
         server = grpc.server(pool)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(script, server)
+        translation_pb2_grpc.add_TranslationServiceServicer_to_server(script, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield f"127.0.0.1:{port}"
@@ -174,6 +209,47 @@ async def test_the_async_client_retries_and_cancels_likewise(address: str, scrip
             async for _ in endless:
                 break
         assert script.cancelled.wait(10)
+
+
+def test_a_text_gives_its_translation_and_a_sequence_gives_a_list(client: Client, script: Scripted) -> None:
+    one = client.translate("eins", source="de", target="en", num_beams=2, num_hypotheses=None)
+    many = client.translate(("eins", "zwei"), model="m")
+    assert many == [one, one] and (one.text, one.finish_reason) == ("best", "length")
+    assert [(h.text, h.score) for h in one.hypotheses] == [("best", -0.5), ("next", -0.5)]
+    config = translation_pb2.TranslationConfig(num_beams=2)
+    assert script.requests == [
+        translation_pb2.TranslateRequest(texts=["eins"], source_language="de", target_language="en", config=config),
+        translation_pb2.TranslateRequest(model="m", texts=["eins", "zwei"], config={}),
+    ]
+    assert script.metadata["application"] == "translation"
+    assert client.list_languages() == [LanguagePair("de", "en", ("m",))]
+
+
+def test_translation_is_tried_again_and_cancelled_as_chat_is(client: Client, script: Scripted) -> None:
+    script.errors = [EXHAUSTED]
+    assert client.translate("eins").text == "best"
+    script.errors = [UNAVAILABLE]
+    stream = client.stream_translate("eins", source="de")
+    assert list(stream) == ["One. ", "Two."]
+    assert (stream.reply.text, stream.reply.finish_reason, stream.reply.completion_tokens) == ("One. Two.", "stop", 6)
+    assert len(script.requests) == 4 and stream.reply.hypotheses == ()
+    script.cancelled.clear()
+    for _ in client.stream_translate("eins", model="endless"):
+        break
+    assert script.cancelled.wait(10)
+    with pytest.raises(ValueError, match="temperature: no such field of TranslationConfig; there are: num_beams"):
+        client.stream_translate("eins", temperature=1)
+
+
+async def test_the_async_client_translates_likewise(address: str, script: Scripted) -> None:
+    async with AsyncClient(address, timeout=20) as client:
+        script.errors = [EXHAUSTED]
+        assert [reply.text for reply in await client.translate(["eins"])] == ["best"]
+        assert (await client.translate("eins")).text == "best"
+        stream = client.stream_translate("eins")
+        assert [piece async for piece in stream] == ["One. ", "Two."]
+        assert stream.reply.text == "One. Two."
+        assert await client.list_languages() == [LanguagePair("de", "en", ("m",))]
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from chatforge.v1 import chat_pb2, common_pb2
+from chatforge.v1 import chat_pb2, common_pb2, translation_pb2
 from services import convert
 from services.errors import StatusError
 from serving.engine.api import Chunk, SamplingParams, joined
+from serving.translation.api import Hypothesis, Piece, Translation, TranslationParams
 
 DEFAULTS = SamplingParams(max_new_tokens=99, temperature=0.2, top_p=0.9, top_k=7, repetition_penalty=1.1)
 EVERYTHING = {
@@ -75,3 +76,64 @@ def test_usage_reason_and_seed_are_on_the_last_message_alone() -> None:
 
 def test_joined_chunks_are_the_same_answer() -> None:
     assert joined(CHUNKS) == Chunk("Grüße 🙂", (1, 2, 3, 4), 9, (-0.5, -1.0, -2.0, -0.25), "length")
+
+
+# ---- translation
+
+
+BEAMS = TranslationParams(num_beams=6, length_penalty=0.5, max_new_tokens=99)
+
+
+def test_every_translation_knob_arrives_and_unset_is_the_models_default() -> None:
+    knobs = {"num_beams": 3, "length_penalty": 0.25, "num_hypotheses": 2, "max_new_tokens": 5}
+    params = convert.translation_params(translation_pb2.TranslationConfig(**knobs), BEAMS)
+    assert dataclasses.asdict(params) == knobs
+    assert convert.translation_params(translation_pb2.TranslationConfig(), BEAMS) == BEAMS
+    neutral = convert.translation_params(translation_pb2.TranslationConfig(length_penalty=0.0), BEAMS)
+    assert neutral == dataclasses.replace(BEAMS, length_penalty=0.0)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"length_penalty": float("nan")}, "config.length_penalty: nan must be between -10 and 10"),
+        ({"num_hypotheses": 7}, "config.num_hypotheses: 7 must be between 1 and num_beams=6"),
+    ],
+)
+def test_a_wrong_translation_knob_is_named_as_the_wire_names_it(knobs: dict[str, float], said: str) -> None:
+    with pytest.raises(StatusError, match=f"^{said}$"):
+        convert.translation_params(translation_pb2.TranslationConfig(**knobs), BEAMS)
+
+
+def test_translations_keep_their_order() -> None:
+    translations = [
+        Translation((Hypothesis("Öl", -0.5, "stop"), Hypothesis("oil", -1.5, "length")), 3, 2),
+        Translation((Hypothesis("", 0.0, "stop"),), 0, 0),
+    ]
+    hypothesis, usage = translation_pb2.Hypothesis, common_pb2.Usage
+    stop, length = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
+    assert convert.translate_response("r", "m", ("de", "en"), translations) == translation_pb2.TranslateResponse(
+        id="r",
+        model="m",
+        source_language="de",
+        target_language="en",
+        translations=[
+            translation_pb2.Translation(
+                hypotheses=[
+                    hypothesis(text="Öl", score=-0.5, finish_reason=stop),
+                    hypothesis(text="oil", score=-1.5, finish_reason=length),
+                ],
+                usage=usage(prompt_tokens=3, completion_tokens=2),
+            ),
+            translation_pb2.Translation(hypotheses=[hypothesis(finish_reason=stop)], usage=usage()),
+        ],
+    )
+
+
+def test_the_last_message_tells_what_is_true_of_the_whole_document() -> None:
+    pieces = [Piece("a ", "stop", 3, 2), Piece("b", "length", 4, 5), Piece("c", "stop", 1, 1)]
+    last = convert.last_stream_translate_response("r", "m", ("de", "en"), pieces)
+    assert (last.delta, last.finish_reason) == ("", common_pb2.FINISH_REASON_LENGTH)
+    assert last.usage == common_pb2.Usage(prompt_tokens=8, completion_tokens=8)
+    whole = convert.last_stream_translate_response("r", "m", ("de", "en"), pieces[::2])
+    assert whole.finish_reason == common_pb2.FINISH_REASON_STOP

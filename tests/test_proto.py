@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from services_world import ROOT
 
-from chatforge.v1 import chat_pb2, models_pb2
+from chatforge.v1 import chat_pb2, models_pb2, translation_pb2
 from serving.engine.api import SamplingParams
+from serving.translation.api import TranslationParams
 
 PROTO = ROOT / "proto"
 PROTOS = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("chatforge/v1/*.proto"))
@@ -38,7 +40,11 @@ def test_proto_is_a_source_root_and_no_package() -> None:
 
 @pytest.mark.parametrize(
     ("file", "service", "methods"),
-    [(chat_pb2, "ChatService", ["Chat", "StreamChat"]), (models_pb2, "ModelService", ["ListModels", "GetModel"])],
+    [
+        (chat_pb2, "ChatService", ["Chat", "StreamChat"]),
+        (translation_pb2, "TranslationService", ["Translate", "StreamTranslate", "ListLanguages"]),
+        (models_pb2, "ModelService", ["ListModels", "GetModel"]),
+    ],
 )
 def test_services_and_methods(file: object, service: str, methods: list[str]) -> None:
     described = file.DESCRIPTOR.services_by_name[service]  # type: ignore[attr-defined]
@@ -53,10 +59,16 @@ def test_unary_and_stream_take_the_same_request() -> None:
         return [(f.name, f.number, f.type) for f in message.DESCRIPTOR.fields]  # type: ignore[attr-defined]
 
     assert fields(chat_pb2.ChatRequest) == fields(chat_pb2.StreamChatRequest)
+    many, one = fields(translation_pb2.TranslateRequest), fields(translation_pb2.StreamTranslateRequest)
+    assert [("text", *rest) if name == "texts" else (name, *rest) for name, *rest in many] == one
 
 
-def test_every_sampling_knob_is_optional_and_is_the_engines() -> None:
+@pytest.mark.parametrize(
+    ("config", "params"),
+    [(chat_pb2.GenerationConfig, SamplingParams), (translation_pb2.TranslationConfig, TranslationParams)],
+)
+def test_every_knob_is_optional_and_is_that_of_serving(config: Any, params: Any) -> None:
     """temperature = 0 differs from unset; a knob that the engine lacks could only be ignored."""
-    fields = chat_pb2.GenerationConfig.DESCRIPTOR.fields
+    fields = config.DESCRIPTOR.fields
     assert all(field.has_presence or field.is_repeated for field in fields)
-    assert sorted(field.name for field in fields) == sorted(SamplingParams.__dataclass_fields__)
+    assert sorted(field.name for field in fields) == sorted(params.__dataclass_fields__)

@@ -10,13 +10,20 @@ import typer
 
 from training.config import load_recipe
 from training.data.chats import read_chats
+from training.data.pairs import read_pairs
 from training.data.prompts import read_prompts
 from training.data.rankings import read_rankings
 from training.data.text import read_documents
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-READERS = {"text": read_documents, "chats": read_chats, "rankings": read_rankings, "prompts": read_prompts}
+READERS = {
+    "text": read_documents,
+    "chats": read_chats,
+    "rankings": read_rankings,
+    "prompts": read_prompts,
+    "pairs": lambda sources: read_pairs(sources, "de", "en"),
+}
 
 
 def blocks(language):
@@ -61,7 +68,7 @@ def test_every_make_target_exists():
 
 
 def samples():
-    rows = re.findall(r"^\| (text|chats|rankings|prompts)\b.*?\| `(\{.*\})` \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| (text|chats|rankings|prompts|pairs)\b.*?\| `(\{.*\})` \|$", README, re.MULTILINE)
     return dict(rows)
 
 
@@ -74,11 +81,13 @@ def test_every_file_sample_is_read(kind, tmp_path):
     assert list(READERS[kind]([str(path)]))
 
 
-def test_the_recipe_sample_is_valid(tmp_path):
-    (sample,) = blocks("yaml")
-    path = tmp_path / "mine.yaml"
-    path.write_text(sample, "utf-8")
-    assert load_recipe(str(path)).rank.judge == "person"
+def test_the_recipe_samples_are_valid(tmp_path):
+    recipes = []
+    for number, sample in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(sample, "utf-8")
+        recipes.append(load_recipe(str(path)))
+    assert recipes[0].rank.judge == "person" and recipes[1].translation.pairs == ["corpus/*.tsv"]
 
 
 def test_the_python_sample_calls_what_the_client_has():

@@ -3,10 +3,8 @@
 import re
 import signal
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +131,8 @@ def test_metrics_have_vllms_names(server: Server, client: Client) -> None:
     client.chat("Hello", model="tiny", max_new_tokens=4)
 
     def published() -> bool:
-        with suppress(OSError):
-            page = urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).read().decode()
-            return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page
-        return False
+        page = server.metrics()
+        return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page
 
     eventually(published, 60)
 
@@ -203,6 +199,34 @@ def test_an_unknown_model_is_told_which_there_are(server: Server, method: str, m
     error = call_error(server, method, model=model)
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert error.details().startswith(f"model: {said}") and error.details().endswith("there are: long, tiny")
+
+
+@pytest.mark.parametrize("method", ["Translate", "StreamTranslate", "Nonsense"])
+def test_a_service_that_this_server_does_not_have_is_unimplemented(server: Server, method: str) -> None:
+    assert server.replicas().keys() == {"chat", "models"}
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(channel.unary_stream(f"/chatforge.v1.TranslationService/{method}", None, None)(b"", timeout=10))
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert error.details() == (
+        "this server has no chatforge.v1.TranslationService; it has: chatforge.v1.ChatService, "
+        "chatforge.v1.ModelService"
+    )
+    assert details_of(error, ErrorInfo).reason == "UNIMPLEMENTED"
+
+
+def test_health_knows_only_the_services_of_this_server(client: Client) -> None:
+    with pytest.raises(CallError, match=r"NOT_FOUND: service: 'chatforge\.v1\.TranslationService' is not"):
+        client.health("chatforge.v1.TranslationService")
+
+
+@pytest.mark.parametrize("method", ["Chat", "StreamChat"])
+def test_bytes_that_are_not_utf8_are_refused(server: Server, method: str) -> None:
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(channel.unary_stream(f"/chatforge.v1.ChatService/{method}", None, None)(b"\x0a\x01\xff", timeout=10))
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == f"{method}Request: cannot be parsed; its strings must be UTF-8"
 
 
 def test_a_message_above_4_mib_is_refused(client: Client) -> None:
@@ -313,7 +337,7 @@ INSIDE = ("Traceback", "actor", "Actor", "ray", "pid", "127.0.0.1", ".py", "node
 def test_a_killed_replica_comes_back_and_shows_nothing_of_the_inside(server: Server, client: Client) -> None:
     stream = client.stream_chat("a", model="long", max_new_tokens=LONG)
     next(stream)
-    killed = server.replica()
+    killed = server.replicas()["chat"]
     killed.send_signal(signal.SIGKILL)
     with pytest.raises(CallError) as caught:
         list(stream)
@@ -323,7 +347,7 @@ def test_a_killed_replica_comes_back_and_shows_nothing_of_the_inside(server: Ser
         assert patient.chat("Hello", model="tiny", max_new_tokens=3).completion_tokens <= 3
     eventually(lambda: client.health() == "SERVING")
     assert client.get_model("tiny").state == models_pb2.MODEL_STATE_READY
-    assert server.replica().pid != killed.pid
+    assert server.replicas()["chat"].pid != killed.pid
 
 
 def test_ctrl_c_ends_every_process_and_leaves_no_file(server: Server) -> None:
@@ -343,10 +367,10 @@ def test_ctrl_c_ends_every_process_and_leaves_no_file(server: Server) -> None:
 
 def call_error(server: Server, method: str, timeout: float = 30, **wanted: Any) -> Any:
     """The raw error of a call to "tiny" that has to fail, as any gRPC client sees it; no `application` is sent."""
-    from services.client import _request
+    from services.replies import chat_request
 
     kind = {"Chat": chat_pb2.ChatRequest, "StreamChat": chat_pb2.StreamChatRequest}[method]
-    request = _request(kind, wanted.pop("messages", "hello"), wanted.pop("model", "tiny"), wanted)
+    request = chat_request(kind, wanted.pop("messages", "hello"), wanted.pop("model", "tiny"), wanted)
     with grpc.insecure_channel(server.address) as channel:
         call = getattr(chat_pb2_grpc.ChatServiceStub(channel), method)
         with pytest.raises(grpc.RpcError) as caught:

@@ -6,19 +6,21 @@ from typing import Any
 
 import pytest
 
-from services.config import ServerConfigError, find_model, load_config, parse_chat_option
+from services.config import ServerConfigError, find_model, load_config, parse_model_option
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a model in models/mine and the runs `whole` (sft, ppo), `half` (sft) and `empty`."""
+    """A working folder with models/mine, and the runs `whole` (sft, ppo), `half` (sft), `words` and `empty`."""
     monkeypatch.chdir(tmp_path)
     model(tmp_path / "models/mine")
-    for run, stages in (("whole", ("sft", "ppo")), ("half", ("sft",)), ("empty", ())):
+    runs = {"whole": ("sft", "ppo"), "half": ("sft",), "words": ("translation",), "empty": ()}
+    for run, stages in runs.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "run.json").write_text("{}", "utf-8")
         for stage in stages:
-            model(tmp_path / "runs" / run / stage / "model")
+            card = {"kind": "translation"} if stage == "translation" else {}
+            model(tmp_path / "runs" / run / stage / "model", **card)
     return tmp_path
 
 
@@ -33,22 +35,25 @@ def model(folder: Path, **card: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("option", "name", "found"),
+    ("service", "option", "name", "found"),
     [
-        ("models/mine", "mine", "models/mine"),
-        ("friend=models/mine", "friend", "models/mine"),
-        ("whole", "whole", "runs/whole/ppo/model"),
-        ("half", "half", "runs/half/sft/model"),
-        ("runs/half", "half", "runs/half/sft/model"),
-        ("chat=whole", "chat", "runs/whole/ppo/model"),
-        ("runs/whole/sft/model", "whole", "runs/whole/sft/model"),
+        ("chat", "models/mine", "mine", "models/mine"),
+        ("chat", "friend=models/mine", "friend", "models/mine"),
+        ("chat", "whole", "whole", "runs/whole/ppo/model"),
+        ("chat", "half", "half", "runs/half/sft/model"),
+        ("chat", "runs/half", "half", "runs/half/sft/model"),
+        ("chat", "chat=whole", "chat", "runs/whole/ppo/model"),
+        ("chat", "runs/whole/sft/model", "whole", "runs/whole/sft/model"),
+        ("translation", "words", "words", "runs/words/translation/model"),
+        ("translation", "de-en=words", "de-en", "runs/words/translation/model"),
+        ("translation", "models/mine", "mine", "models/mine"),
     ],
 )
-def test_a_chat_option_is_a_folder_or_a_run_with_or_without_a_name(
-    folder: Path, option: str, name: str, found: str
+def test_a_model_option_is_a_folder_or_a_run_with_or_without_a_name(
+    folder: Path, service: str, option: str, name: str, found: str
 ) -> None:
-    parsed, model = parse_chat_option(option)
-    assert (parsed, find_model(model)) == (name, Path(found))
+    parsed, model = parse_model_option(option, service)
+    assert (parsed, find_model(model, service=service)) == (name, Path(found))
 
 
 def test_a_file_and_options_are_put_together(folder: Path) -> None:
@@ -57,24 +62,59 @@ def test_a_file_and_options_are_put_together(folder: Path) -> None:
     config = load_config(file, chat={"b": {"model": "models/mine"}}, port=9200)
     assert config.port == 9200 and list(config.chat) == ["a", "b"]
     assert (config.chat["a"].dtype, config.chat["a"].max_messages, config.chat["b"].dtype) == ("bf16", 3, "auto")
+    assert config.services == {"chat": ["a", "b"]}
+
+
+def test_a_server_may_translate_too_or_alone(folder: Path) -> None:
+    file = folder / "server.yaml"
+    file.write_text("translation:\n  b: {model: words, source_language: de, backend: ct2}\n", "utf-8")
+    alone = load_config(file)
+    assert alone.services == {"translation": ["b"]}
+    assert (alone.translation["b"].backend, alone.translation["b"].source_language) == ("ct2", "de")
+    both = load_config(file, chat={"c": {"model": "half"}}, translation={"a": {"model": "words"}})
+    assert both.services == {"chat": ["c"], "translation": ["a", "b"]}
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({}, "chat: no model to serve; give --chat MODEL or a config file"),
+    "nothing": ({}, "^no model to serve; give --chat MODEL, --translation MODEL or a config file$"),
     "unknown key": (
         {"chat": {"a": {"model": "half", "dtyp": "bf16"}}},
         r"chat\.a\.dtyp: no such key; valid: model",
     ),
-    "unknown top key": ({"prot": 1, "chat": {"a": {"model": "half"}}}, "prot: no such key; valid: chat, port"),
+    "unknown translation key": (
+        {"translation": {"a": {"model": "words", "max_beams": 2}}},
+        r"translation\.a\.max_beams: no such key; valid: model, source_language",
+    ),
+    "unknown top key": ({"prot": 1, "chat": {"a": {"model": "half"}}}, "prot: no such key; valid: chat, translation"),
     "wrong value": ({"chat": {"a": {"model": "half", "dtype": "fp16"}}}, r"chat\.a\.dtype='fp16': .*'bf16'"),
     "wrong type": ({"port": "9000", "chat": {"a": {"model": "half"}}}, "port='9000': .*valid integer"),
+    "wrong language": (
+        {"translation": {"a": {"model": "words", "source_language": "de_DE"}}},
+        r"translation\.a\.source_language='de_DE': String should match",
+    ),
+    "too many beams": (
+        {"translation": {"a": {"model": "words", "max_num_beams": 33}}},
+        r"translation\.a\.max_num_beams=33: .*less than or equal to 32",
+    ),
+    "one name twice": (
+        {"chat": {"a": {"model": "half"}}, "translation": {"a": {"model": "words"}}},
+        "translation: model name 'a' is a chat model's; give it another: --translation NAME=words",
+    ),
+    "bad translation name": (
+        {"translation": {"-": {"model": "words"}}},
+        "translation: model name '-' must be letters",
+    ),
     "no model": ({"chat": {"a": {}}}, r"chat\.a\.model: is required"),
     "bad name": ({"chat": {"a b": {"model": "half"}}}, "model name 'a b' must be letters"),
     "no such model": (
         {"chat": {"a": {"model": "nowhere"}}},
         "'nowhere' not found: give a folder with",
     ),
-    "no chat model yet": ({"chat": {"a": {"model": "empty"}}}, "run 'empty' has no chat model yet"),
+    "no chat model yet": ({"chat": {"a": {"model": "words"}}}, "run 'words' has no chat model yet: it needs its sft"),
+    "no translation model yet": (
+        {"translation": {"a": {"model": "half"}}},
+        "run 'half' has no translation model yet: it needs its translation stage",
+    ),
 }
 
 
@@ -97,8 +137,30 @@ def test_folders_that_hold_no_chat_model_are_refused_before_anything_starts(fold
         load_config(None, chat={"a": {"model": "bare"}})
 
 
+def test_folders_of_another_kind_are_refused_for_translation(folder: Path) -> None:
+    with pytest.raises(ServerConfigError, match="mine: holds a causal-lm model; translation needs a translation"):
+        load_config(None, translation={"a": {"model": "models/mine"}})
+    made_elsewhere = model(folder / "opus")
+    (made_elsewhere / "config.json").write_text('{"is_encoder_decoder": true}', "utf-8")
+    assert load_config(None, translation={"a": {"model": "opus"}}).translation["a"].folder == Path("opus")
+    with pytest.raises(ServerConfigError, match="opus: holds a translation model; chat needs a causal-lm"):
+        load_config(None, chat={"a": {"model": "opus"}})
+    (made_elsewhere / "tokenizer_config.json").unlink()
+    with pytest.raises(ServerConfigError, match=r"opus: has no tokenizer_config\.json"):
+        load_config(None, translation={"a": {"model": "opus"}})
+    (made_elsewhere / "chatforge.json").write_text("[1", "utf-8")
+    with pytest.raises(ServerConfigError, match=r"chatforge\.json: not a JSON object"):
+        load_config(None, translation={"a": {"model": "opus"}})
+
+
 @pytest.mark.parametrize(
-    ("text", "said"), [("- a\n", "is a mapping, not list"), ("a: [", "not valid YAML"), (None, "No such file")]
+    ("text", "said"),
+    [
+        ("- a\n", "is a mapping, not list"),
+        ("a: [", "not valid YAML"),
+        ("chat: [half]", r"chat=\['half'\]: Input should be a valid dictionary"),
+        (None, "No such file"),
+    ],
 )
 def test_a_file_that_is_no_config(folder: Path, text: str | None, said: str) -> None:
     if text is not None:

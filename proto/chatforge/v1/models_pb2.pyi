@@ -32,16 +32,20 @@ MODEL_STATE_READY: ModelState
 MODEL_STATE_FAILED: ModelState
 
 class ModelLimits(_message.Message):
-    __slots__ = ("context_tokens", "max_new_tokens", "max_messages", "max_characters")
+    __slots__ = ("context_tokens", "max_new_tokens", "max_messages", "max_characters", "max_texts", "max_num_beams")
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_BEAMS_FIELD_NUMBER: _ClassVar[int]
     context_tokens: int
     max_new_tokens: int
     max_messages: int
     max_characters: int
-    def __init__(self, context_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters: _Optional[int] = ...) -> None: ...
+    max_texts: int
+    max_num_beams: int
+    def __init__(self, context_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters: _Optional[int] = ..., max_texts: _Optional[int] = ..., max_num_beams: _Optional[int] = ...) -> None: ...
 
 class ModelLineage(_message.Message):
     __slots__ = ("run", "stage", "source")
@@ -54,20 +58,24 @@ class ModelLineage(_message.Message):
     def __init__(self, run: _Optional[str] = ..., stage: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "kind", "revision", "limits", "lineage", "state")
+    __slots__ = ("name", "kind", "revision", "limits", "lineage", "state", "source_language", "target_language")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: ModelKind
     revision: str
     limits: ModelLimits
     lineage: ModelLineage
     state: ModelState
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., revision: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., lineage: _Optional[_Union[ModelLineage, _Mapping]] = ..., state: _Optional[_Union[ModelState, str]] = ...) -> None: ...
+    source_language: str
+    target_language: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., revision: _Optional[str] = ..., limits: _Optional[_Union[ModelLimits, _Mapping]] = ..., lineage: _Optional[_Union[ModelLineage, _Mapping]] = ..., state: _Optional[_Union[ModelState, str]] = ..., source_language: _Optional[str] = ..., target_language: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

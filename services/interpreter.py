@@ -1,0 +1,85 @@
+"""Translating in the terminal: a text, a document, or line after line as it is typed."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from services.client import CallError, Client
+
+PART_CHARACTERS = 16_000  # of a document, in one call; a quarter of what a server allows unless it is told otherwise
+HELP = "Every line is translated; Ctrl-D leaves, Ctrl-C stops a translation."
+
+
+class Interpreter:
+    """A client, and how it should translate."""
+
+    def __init__(self, client: Client, **options: Any) -> None:
+        """`options` are those of Client.stream_translate."""
+        self._client, self._options = client, options
+
+    def translate(self, text: str) -> None:
+        """Prints the translation of a text of any length while it comes, and nothing else. Raises CallError."""
+        for part in parts(text, PART_CHARACTERS):
+            with self._client.stream_translate(part, **self._options) as stream:
+                for piece in stream:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+
+    def show_hypotheses(self, text: str) -> None:
+        """Prints every translation of a text, best first, with its score. Raises CallError."""
+        for hypothesis in self._client.translate(text, **self._options).hypotheses:
+            print(f"{hypothesis.score:.3f}\t{hypothesis.text}")
+
+    def converse(self) -> None:
+        """Translates what is typed until the end of the input."""
+        import readline  # noqa: F401 - gives input() its line editing and history
+
+        print(HELP)
+        while True:
+            try:
+                line = input("\n> ")
+            except EOFError:
+                print()
+                return
+            if line.strip():
+                self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        try:
+            self.translate(line)
+            print()
+        except CallError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("(stopped)")
+
+
+def read_document(file: Path | None) -> str:
+    """A file's text, or stdin's. Raises ValueError that names the file, and the byte that is not UTF-8."""
+    try:
+        name, read = (str(file), file.read_bytes()) if file else ("stdin", sys.stdin.buffer.read())
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    try:
+        return read.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8: byte {error.start} is 0x{read[error.start]:02x}") from None
+
+
+def parts(text: str, characters: int) -> Iterator[str]:
+    """Whole lines, as many as have that many characters together, or one that alone has more; joined they are `text`.
+
+    Sentences do not go over the end of a line, so the parts' translations joined are that of the whole.
+    """
+    part: list[str] = []
+    size = 0
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        if part and size + len(line) > characters:
+            yield "".join(part)
+            part, size = [], 0
+        part.append(line)
+        size += len(line)
+    if part:
+        yield "".join(part)

@@ -1,0 +1,183 @@
+"""What a client sends and gets, as Python says it and as the protos do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from google.protobuf.message import Message
+
+from chatforge.v1 import chat_pb2, common_pb2, translation_pb2
+
+Messages = str | Sequence[Mapping[str, str]]  # one user message, or [{"role": "user", "content": "..."}, ...]
+FinishReason = Literal["stop", "length"]
+
+_ROLES = {"system": chat_pb2.ROLE_SYSTEM, "user": chat_pb2.ROLE_USER, "assistant": chat_pb2.ROLE_ASSISTANT}
+_REASONS: dict[int, FinishReason] = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
+_Config = TypeVar("_Config", bound=Message)
+_ChatRequest = TypeVar("_ChatRequest", chat_pb2.ChatRequest, chat_pb2.StreamChatRequest)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer."""
+
+    text: str
+    id: str
+    model: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    seed: int
+    logprobs: tuple[float, ...] = ()  # one a token made, where `logprobs=True` asked for them
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One way to translate a text."""
+
+    text: str
+    score: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class TranslationReply:
+    """One text, translated."""
+
+    text: str
+    id: str  # of the request, which the texts of one call share
+    model: str
+    source_language: str
+    target_language: str
+    finish_reason: FinishReason  # "length" where any sentence was cut at max_new_tokens
+    prompt_tokens: int
+    completion_tokens: int
+    hypotheses: tuple[Hypothesis, ...] = ()  # best first, the first has `text`; a stream has none
+
+
+@dataclass(frozen=True)
+class LanguagePair:
+    """From what into what a server translates, and by which models."""
+
+    source_language: str
+    target_language: str
+    models: tuple[str, ...]
+
+
+def chat_request(kind: type[_ChatRequest], messages: Messages, model: str, config: dict[str, Any]) -> _ChatRequest:
+    """Raises ValueError for what the protos cannot hold; all else is the server's to judge."""
+    if isinstance(config.get("stop"), str):
+        config = config | {"stop": [config["stop"]]}
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    return kind(
+        model=model, messages=[_message(turn) for turn in turns], config=_config(chat_pb2.GenerationConfig, config)
+    )
+
+
+def translate_request(
+    texts: str | Sequence[str], languages: tuple[str, str], model: str, config: dict[str, Any]
+) -> translation_pb2.TranslateRequest:
+    """Raises ValueError as `chat_request` does."""
+    source, target = languages
+    return translation_pb2.TranslateRequest(
+        model=model,
+        texts=[texts] if isinstance(texts, str) else texts,
+        source_language=source,
+        target_language=target,
+        config=_config(translation_pb2.TranslationConfig, config),
+    )
+
+
+def stream_translate_request(
+    text: str, languages: tuple[str, str], model: str, config: dict[str, Any]
+) -> translation_pb2.StreamTranslateRequest:
+    """Raises ValueError as `chat_request` does."""
+    source, target = languages
+    return translation_pb2.StreamTranslateRequest(
+        model=model,
+        text=text,
+        source_language=source,
+        target_language=target,
+        config=_config(translation_pb2.TranslationConfig, config),
+    )
+
+
+def _config(kind: type[_Config], config: dict[str, Any]) -> _Config:
+    known = [field.name for field in kind.DESCRIPTOR.fields]
+    if unknown := [name for name in config if name not in known]:
+        raise ValueError(f"{unknown[0]}: no such field of {kind.DESCRIPTOR.name}; there are: {', '.join(known)}")
+    return kind(**{name: value for name, value in config.items() if value is not None})
+
+
+def _message(turn: Mapping[str, str]) -> chat_pb2.Message:
+    if turn.get("role") not in _ROLES or "content" not in turn:
+        raise ValueError(f"messages: {dict(turn)!r} must have a content, and a role out of {', '.join(_ROLES)}")
+    return chat_pb2.Message(role=_ROLES[turn["role"]], content=turn["content"])
+
+
+def chat_reply(response: chat_pb2.ChatResponse) -> Reply:
+    return _reply(response, response.message.content, response.logprobs)
+
+
+def streamed_chat_reply(messages: Sequence[chat_pb2.StreamChatResponse]) -> Reply:
+    """The whole answer that a stream's messages are."""
+    text = "".join(message.delta for message in messages)
+    return _reply(messages[-1], text, [entry for message in messages for entry in message.logprobs])
+
+
+def _reply(last: Any, text: str, logprobs: Sequence[common_pb2.TokenLogprob]) -> Reply:
+    """`last` is the message that says how the answer ended."""
+    return Reply(
+        text=text,
+        id=last.id,
+        model=last.model,
+        finish_reason=_REASONS[last.finish_reason],
+        prompt_tokens=last.usage.prompt_tokens,
+        completion_tokens=last.usage.completion_tokens,
+        seed=last.seed,
+        logprobs=tuple(entry.logprob for entry in logprobs),
+    )
+
+
+def translation_replies(
+    response: translation_pb2.TranslateResponse, texts: str | Sequence[str]
+) -> TranslationReply | list[TranslationReply]:
+    """One for a text, a list for a sequence of texts."""
+    made = [_translation_reply(response, translation) for translation in response.translations]
+    return made[0] if isinstance(texts, str) else made
+
+
+def _translation_reply(
+    response: translation_pb2.TranslateResponse, translation: translation_pb2.Translation
+) -> TranslationReply:
+    hypotheses = tuple(Hypothesis(h.text, h.score, _REASONS[h.finish_reason]) for h in translation.hypotheses)
+    return TranslationReply(
+        text=hypotheses[0].text,
+        id=response.id,
+        model=response.model,
+        source_language=response.source_language,
+        target_language=response.target_language,
+        finish_reason=hypotheses[0].finish_reason,
+        prompt_tokens=translation.usage.prompt_tokens,
+        completion_tokens=translation.usage.completion_tokens,
+        hypotheses=hypotheses,
+    )
+
+
+def streamed_translation_reply(messages: Sequence[translation_pb2.StreamTranslateResponse]) -> TranslationReply:
+    """The whole translation that a stream's messages are."""
+    last = messages[-1]
+    return TranslationReply(
+        text="".join(message.delta for message in messages),
+        id=last.id,
+        model=last.model,
+        source_language=last.source_language,
+        target_language=last.target_language,
+        finish_reason=_REASONS[last.finish_reason],
+        prompt_tokens=last.usage.prompt_tokens,
+        completion_tokens=last.usage.completion_tokens,
+    )
+
+
+def language_pairs(response: translation_pb2.ListLanguagesResponse) -> list[LanguagePair]:
+    return [LanguagePair(pair.source_language, pair.target_language, tuple(pair.models)) for pair in response.pairs]

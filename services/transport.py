@@ -1,0 +1,193 @@
+"""How a client's calls travel: tries, pauses, deadlines, cancellation, and the errors that come back. Knows no service.
+
+A call that failed before anything was delivered is tried again where the server could not take it (UNAVAILABLE,
+RESOURCE_EXHAUSTED), with growing pauses, inside the call's timeout. Everything else raises CallError at once.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from typing import Any, Generic, Self, TypeVar
+
+import grpc
+
+_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+_FIRST_PAUSE_S = 0.2
+
+_Reply = TypeVar("_Reply")
+Metadata = tuple[tuple[str, str], ...]
+
+
+class CallError(RuntimeError):
+    """A call that failed. `code` is gRPC's name for it (INVALID_ARGUMENT, ...), `details` says what to change."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, request_id: str = "") -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code, self.details, self.request_id = code.name, details, request_id
+        self.retryable = code in _RETRYABLE
+
+
+class Attempts:
+    """The tries of one call: how much time is left, and how long to wait before the next."""
+
+    def __init__(self, timeout: float, retries: int) -> None:
+        self._deadline = time.monotonic() + timeout
+        self._retries = retries
+        self._pause = _FIRST_PAUSE_S
+
+    def remaining(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def pause_after(self, error: grpc.RpcError, *, delivered: bool = False) -> float:
+        """Seconds until the next try. Raises CallError where there is none."""
+        failure = _call_error(error)
+        pause = self._pause * random.uniform(0.5, 1.5)  # so that those who were refused together do not return together
+        if delivered or not failure.retryable or not self._retries or pause > self.remaining():
+            raise failure from None
+        self._retries -= 1
+        self._pause *= 2
+        return pause
+
+
+def unary(call: Any, request: Any, metadata: Metadata, attempts: Attempts) -> Any:
+    """The response. Raises CallError."""
+    while True:
+        try:
+            return call(request, timeout=attempts.remaining(), metadata=metadata)
+        except grpc.RpcError as error:
+            time.sleep(attempts.pause_after(error))
+
+
+async def async_unary(call: Any, request: Any, metadata: Metadata, attempts: Attempts) -> Any:
+    """The response. Raises CallError."""
+    while True:
+        try:
+            return await call(request, timeout=attempts.remaining(), metadata=metadata)
+        except grpc.RpcError as error:
+            await asyncio.sleep(attempts.pause_after(error))
+
+
+class Collected(Generic[_Reply]):
+    """The messages of one stream so far; each has an id, a delta and, if it is the last, a finish_reason."""
+
+    def __init__(self, joined: Callable[[Sequence[Any]], _Reply]) -> None:
+        """`joined` makes the whole answer out of all messages."""
+        self._joined = joined
+        self._messages: list[Any] = []
+
+    @property
+    def started(self) -> bool:
+        return bool(self._messages)
+
+    def add(self, message: Any) -> str:
+        """The message's text. An error comes with one empty message, which has no id and is none of the answer."""
+        if message.id:
+            self._messages.append(message)
+        return message.delta
+
+    def reply(self) -> _Reply:
+        if not self._messages or not self._messages[-1].finish_reason:
+            raise RuntimeError("reply: the stream has not ended; iterate to its end first")
+        return self._joined(self._messages)
+
+
+class Stream(Generic[_Reply]):
+    """Iterates over the pieces of an answer; once it has ended, `reply` is the whole of it."""
+
+    def __init__(
+        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Reply]
+    ) -> None:
+        self._collected = collected
+        self._pieces = _pieces(call, request, metadata, attempts, collected)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Cancels what is not yet answered."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def reply(self) -> _Reply:
+        """Raises RuntimeError before the end."""
+        return self._collected.reply()
+
+
+# No method of Stream: it would refer to the stream that refers to it, and a loop that is left would cancel its call
+# only when the garbage collector comes by.
+def _pieces(
+    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[Any]
+) -> Generator[str, None, None]:
+    while True:
+        call = open_call(request, timeout=attempts.remaining(), metadata=metadata)
+        try:
+            for message in call:
+                if piece := collected.add(message):
+                    yield piece
+            return
+        except grpc.RpcError as error:
+            pause = attempts.pause_after(error, delivered=collected.started)
+        finally:
+            call.cancel()
+        time.sleep(pause)
+
+
+class AsyncStream(Generic[_Reply]):
+    """`Stream` for asyncio."""
+
+    def __init__(
+        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Reply]
+    ) -> None:
+        self._collected = collected
+        self._pieces = _async_pieces(call, request, metadata, attempts, collected)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._pieces
+
+    async def aclose(self) -> None:
+        """Cancels what is not yet answered."""
+        await self._pieces.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    @property
+    def reply(self) -> _Reply:
+        """Raises RuntimeError before the end."""
+        return self._collected.reply()
+
+
+async def _async_pieces(
+    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[Any]
+) -> AsyncGenerator[str, None]:
+    while True:
+        call = open_call(request, timeout=attempts.remaining(), metadata=metadata)
+        try:
+            async for message in call:
+                if piece := collected.add(message):
+                    yield piece
+            return
+        except grpc.RpcError as error:
+            pause = attempts.pause_after(error, delivered=collected.started)
+        finally:
+            call.cancel()
+        await asyncio.sleep(pause)
+
+
+def _call_error(error: Any) -> CallError:
+    """`error` is what grpc raises in either kind of client."""
+    metadata = dict(error.trailing_metadata() or ())
+    return CallError(error.code(), error.details() or "", str(metadata.get("request_id", "")))

@@ -1,0 +1,79 @@
+"""Documents in the terminal: read as UTF-8 or refused, and cut between lines alone."""
+
+import io
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from services.client import CallError
+from services.interpreter import Interpreter, parts, read_document
+
+
+class Shouting:
+    """Stands in for a client: a text's translation is itself in capitals, and "?" is refused."""
+
+    def stream_translate(self, text: str, **options: Any) -> Any:
+        assert options == {"target": "en"}
+        if text == "?":
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "text: is no text")
+        return nullcontext(iter(text.upper()))
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "a\r\nb\u2028c\n\n\n", "\n\n" * 30 + "x" * 50 + "\ny"])
+@pytest.mark.parametrize("characters", [1, 7, 1000])
+def test_parts_are_whole_lines_and_joined_the_text(text: str, characters: int) -> None:
+    cut = list(parts(text, characters))
+    assert "".join(cut) == text
+    assert all(part.endswith("\n") for part in cut[:-1])
+    assert all(0 < len(part) <= characters or part.count("\n") <= 1 for part in cut)
+
+
+def test_as_few_parts_as_have_the_lines() -> None:
+    assert list(parts("ab\ncd\nefghijk\nl", 6)) == ["ab\ncd\n", "efghijk\n", "l"]
+
+
+@pytest.mark.parametrize(("read", "text"), [(b"", ""), ("ü\r\n\n".encode(), "ü\r\n\n"), (b"\xef\xbb\xbfa", "a")])
+def test_a_document_is_read_as_it_is(tmp_path: Path, read: bytes, text: str) -> None:
+    (tmp_path / "d.txt").write_bytes(read)
+    assert read_document(tmp_path / "d.txt") == text
+
+
+def test_what_is_not_utf8_is_named_with_its_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfab\xe9")
+    with pytest.raises(ValueError, match=r"d\.txt: not UTF-8: byte 5 is 0xe9"):
+        read_document(tmp_path / "d.txt")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xc3")))
+    with pytest.raises(ValueError, match="stdin: not UTF-8: byte 1 is 0xc3"):
+        read_document(None)
+
+
+def test_a_document_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x: No such file or directory"):
+        read_document(tmp_path / "x")
+    with pytest.raises(ValueError, match="Is a directory"):
+        read_document(tmp_path)
+
+
+def test_what_is_typed_is_translated_line_by_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["eins", " ", "?", "zwei"])
+
+    def type_line(prompt: str) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", type_line)
+    Interpreter(Shouting(), target="en").converse()  # type: ignore[arg-type]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1:] == ["EINS", "ZWEI", ""]
+    assert said.err == "error: INVALID_ARGUMENT: text: is no text\n"
+
+
+def test_a_document_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    Interpreter(Shouting(), target="en").translate("ä\n\n b")  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "Ä\n\n B"
