@@ -23,7 +23,7 @@ def choose_translator(wanted: str, source: str, target: str, pairs: Mapping[str,
     Without a name it is the nearest for the languages, of equally near ones the first by name. Raises StatusError
     NOT_FOUND on the field that no model fits, or whose emptiness leaves more than one pair of languages.
     """
-    if wanted or not (source or target):
+    if wanted or (not (source or target) and len(set(pairs.values())) > 1):
         name = choose_name("model", wanted, pairs)
         pairs = {name: pairs[name]}
     by = f"by {wanted!r}" if wanted else "here"

@@ -136,7 +136,11 @@ def rank(run: str) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model folder.")],
-    data: Annotated[list[str], typer.Argument(help="For a model folder: texts, or rankings for a reward model.")] = [],  # noqa: B006
+    data: Annotated[list[str], typer.Argument(help="For a model folder: texts, rankings or sentence pairs.")] = [],  # noqa: B006
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LANGUAGE", help="Of pairs; default: the model's.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="The same.")] = None,
 ) -> None:
     """What a run's models are worth on its held-out data, or a model folder on data of yours."""
     from services.listing import measures_table
@@ -146,8 +150,11 @@ def evaluate(
             raise ValueError(f"evaluate {model}: no run of that name; for a model folder, name data to measure it on")
         from training.evaluate import evaluate_model
 
-        _show(measures_table(evaluate_model(model, data)))
+        _show(measures_table(evaluate_model(model, data, source_language=source, target_language=target)))
         return
+    if data:
+        folder = RUNS / model / "STAGE" / "model"
+        raise ValueError(f"evaluate {model}: a run is measured on its own held-out data; for other data name {folder}")
     from training import pipeline
     from training.config import EvaluateConfig, Recipe
 
@@ -185,26 +192,27 @@ def serve(
     """Answer over gRPC until Ctrl-C."""
     from services.config import load_config, parse_model_option
 
-    given = {"chat": chat, "translation": translation}
-    models = {
-        service: {name: {"model": model} for name, model in (parse_model_option(option, service) for option in options)}
-        for service, options in given.items()
-    }
+    models: dict[str, dict[str, Any]] = {"chat": {}, "translation": {}}
+    for service, options in (("chat", chat), ("translation", translation)):
+        for name, model in (parse_model_option(option, service) for option in options):
+            if name in models[service]:
+                raise ValueError(f"--{service}: {name!r} is given twice; give one another name: NAME={model}")
+            models[service][name] = {"model": model}
     settings = load_config(config, **models, **({} if port is None else {"port": port}))
     from services.app import running
 
     held = settings.chat | settings.translation
     typer.echo(f"starting {', '.join(held)} ...")
     with running(settings) as address:
-        for name, model in held.items():
-            typer.echo(f"  {name:<24} {model.folder}")
+        for name, served in held.items():
+            typer.echo(f"  {name:<24} {served.folder}")
         typer.echo(f"ready at {address}, on every network interface of this machine")
-        for command, served, text in (
-            ("chat", settings.chat, "Hello!"),
-            ("translate", settings.translation, "Guten Tag!"),
+        for command, names, text in (
+            ("chat", list(settings.chat), "Hello!"),
+            ("translate", list(settings.translation), "Guten Tag!"),
         ):
-            if served:
-                typer.echo(f'  chatforge {command} --server {address} --model {next(iter(served))} "{text}"')
+            if names:
+                typer.echo(f'  chatforge {command} --server {address} --model {names[0]} "{text}"')
         signal.pause()
 
 
@@ -227,7 +235,7 @@ def chat(
     with Client(server) as client:
         conversation = Conversation(client, model, system, {k: v for k, v in knobs.items() if v is not None})
         if text or not sys.stdin.isatty():
-            conversation.say(" ".join(text) or sys.stdin.read().strip())
+            conversation.say(_typed(text) or sys.stdin.read().strip())
         else:
             converse(conversation)
 
@@ -260,7 +268,7 @@ def translate(
         if not (text or file) and sys.stdin.isatty():
             interpreter.converse()
             return
-        said = " ".join(text) if text else read_document(file)
+        said = _typed(text) if text else read_document(file)
         if (num_hypotheses or 1) > 1:
             interpreter.show_hypotheses(said)
         else:
@@ -316,6 +324,16 @@ def bench_train() -> None:
     from training.bench import bench_training
 
     bench_training()
+
+
+def _typed(words: list[str]) -> str:
+    """Arguments as one text; raises ValueError where they are not UTF-8."""
+    text = " ".join(words)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text: not UTF-8 at character {error.start + 1}") from None
+    return text
 
 
 def _recipe(recipe: str, changes: list[str], workers: int | None, run: str | None) -> "Recipe":

@@ -168,7 +168,7 @@ def check_kind(folder: Path, service: str) -> None:
     if kind is None:
         kind = "translation" if _read_json(folder / "config.json").get("is_encoder_decoder") else "causal-lm"
     if kind != _KINDS[service]:
-        raise ServerConfigError(f"{folder}: holds a {kind} model; {service} needs a {_KINDS[service]}")
+        raise ServerConfigError(f"{folder}: holds a {kind} model; {service} needs a {_KINDS[service]} model")
     if not (folder / "tokenizer_config.json").is_file():
         raise ServerConfigError(
             f"{folder}: has no tokenizer_config.json; a {service} model's folder holds its tokenizer"

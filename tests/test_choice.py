@@ -56,3 +56,7 @@ def test_what_cannot_be_chosen_is_told_by_field(asked: tuple[str, str, str], sai
 
 def test_an_empty_name_is_the_only_one() -> None:
     assert choose_name("model", "", ["a"]) == choose_translator("", "", "", {"a": ("de", "en")}) == "a"
+
+
+def test_what_is_left_empty_is_open_where_all_models_have_the_same_languages() -> None:
+    assert choose_translator("", "", "", {"b": ("de", "en"), "a": ("de", "en")}) == "a"

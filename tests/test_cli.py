@@ -18,7 +18,7 @@ COMMANDS = {
     "runs": "name",
     "report": "run",
     "rank": "run",
-    "evaluate": "model data",
+    "evaluate": "model data --from --to",
     "import": "file out",
     "serve": "config --chat --translation --port",
     "chat": "text --server --model --system --max-new-tokens --temperature --top-p --seed",
@@ -74,6 +74,11 @@ MISTAKES = {
     "no run to rank": (["rank", "nowhere"], "run 'nowhere' not found in runs/"),
     "no run to show": (["runs", "nowhere"], "run 'nowhere' not found"),
     "nothing to evaluate on": (["evaluate", "nowhere"], "name data to measure it on"),
+    "a text that is not UTF-8": (["translate", "ab\udcff"], "text: not UTF-8 at character 3"),
+    "one name for two": (
+        ["serve", "--translation", "a=b", "--translation", "a=c"],
+        "--translation: 'a' is given twice; give one another name: NAME=c",
+    ),
     "no such file": (["import", "nowhere.gguf", "out"], "nowhere.gguf: no such file"),
 }
 

@@ -1,14 +1,13 @@
 """Sentence pairs: every format, what is wrong in them, cleaning with counts, and a split that leaks nothing."""
 
 import gzip
-import json
 import unicodedata
 
 import numpy as np
 import pytest
 
 from training.data.examples import Batches, Examples, write_examples
-from training.data.pairs import MAX_RATIO, SLACK, Pair, clean, read_pairs, read_sides, script_of
+from training.data.pairs import MAX_RATIO, SLACK, Pair, clean, main_script, read_pairs, read_sides
 from training.data.records import DataError
 from training.data.split import digest
 
@@ -86,6 +85,10 @@ def test_a_catalogue_gives_what_is_translated_and_sure(tmp_path):
     assert read(packed) == wanted
 
 
+def test_a_catalogue_of_a_country_is_one_of_its_language(tmp_path):
+    assert ("Ja", "Yes") in read(write(tmp_path / "x.po", PO.replace("Language: de", "Language: de_DE")))
+
+
 def test_a_catalogue_without_a_language_is_refused(tmp_path):
     with pytest.raises(DataError, match="its header names no Language"):
         read(write(tmp_path / "x.po", 'msgid "Yes"\nmsgstr "Ja"\n'))
@@ -132,9 +135,16 @@ def test_cleaning_counts_what_it_takes_out():
 
 
 def test_numbers_and_signs_have_no_script_that_could_be_wrong():
-    assert script_of("12 % 🙂") == "" and script_of("Straße 12") == "LATIN" and script_of("γλώσσα") == "GREEK"
-    kept, _, _ = clean([pair("eins", "one"), pair("100 %", "100%")])
-    assert len(kept) == 2
+    assert main_script("12 % 5 µ 🙂") == "" and main_script("Straße 12") == "LATIN" and main_script("γλώσσα") == "GREEK"
+    kept, _, _ = clean([pair("eins", "one"), pair("100 %", "100%"), pair("5 µ", "5 micro")])
+    assert len(kept) == 3
+
+
+def test_a_language_of_several_scripts_is_one_and_its_density_is_no_fault():
+    japanese = [pair("これはペンです。", "This is a pen."), pair("東京", "Tokyo"), pair("コーヒー", "coffee")]
+    assert clean(japanese)[:2] == (japanese, dict.fromkeys(clean([])[1], 0))
+    dense = [pair("字" * 40, "x" * 180) for _ in range(1)] + [pair(f"字{i}" * 20, "word " * 30) for i in range(9)]
+    assert len(clean(dense)[0]) == 10
 
 
 def test_held_out_pairs_share_no_side_with_training(tmp_path):
@@ -157,19 +167,20 @@ def test_the_split_does_not_depend_on_the_other_sources(tmp_path):
 # ---- examples and batches
 
 
-class Words:
-    """A tokenizer of one token a character."""
+class Characters:
+    """One token a character."""
 
-    def __call__(self, texts=None, text_target=None):
-        rows = [[ord(c) for c in text] + [0] for text in (texts or text_target)]
-        return type("Encoded", (), {"input_ids": rows})
+    def encode(self, sentences):
+        return [[*map(ord, sentence), 0] for sentence in sentences]
+
+    encode_targets = encode
 
 
 @pytest.fixture
 def examples(tmp_path):
     random = np.random.default_rng(0)
     pairs = [pair("s" * random.integers(1, 12), "t" * random.integers(1, 12)) for _ in range(300)]
-    write_examples([*pairs, pair("s" * 50, "t")], Words(), 20, tmp_path / "train")
+    write_examples([*pairs, pair("s" * 50, "t")], Characters(), 20, tmp_path / "train")
     return pairs, Examples(tmp_path / "train")
 
 
@@ -183,7 +194,7 @@ def test_examples_come_back_as_they_were_written(examples):
 
 def test_nothing_that_fits_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"max_length=2: none of 1 pairs fits"):
-        write_examples([pair("lang", "long")], Words(), 2, tmp_path / "train")
+        write_examples([pair("lang", "long")], Characters(), 2, tmp_path / "train")
 
 
 def test_an_epoch_has_every_example_once_in_batches_that_fit(examples):
@@ -216,8 +227,3 @@ def test_the_sample_of_pictograms_is_read():
     assert len(pairs) > 3_000
     assert ("grinsendes Gesicht".casefold(), "grinning face") in {(p.source.casefold(), p.target) for p in pairs}
     assert not any(set(":_") & set(p.source + p.target) for p in pairs)
-
-
-def test_hub_names_read_the_field_that_hub_sets_have(tmp_path):
-    line = json.dumps({"translation": {"de": "Ja", "en": "Yes"}})
-    assert read(write(tmp_path / "x.jsonl", line + "\n")) == [("Ja", "Yes")]

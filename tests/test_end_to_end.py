@@ -14,14 +14,17 @@ import yaml
 
 from training.run import Run
 
-STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
+STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "translation", "evaluate")
+TRAINED = ("pretrain", "sft", "reward", "ppo", "translation")
 WAIT = 240  # seconds for one thing to happen, on a busy machine
 
 
-def nano(world):
+def nano(world, pairs):
     """Every stage, as small as it goes, with a checkpoint every few steps."""
     shared = {"batch_size": 8, "micro_batch_size": 8, "checkpoint_every": 4, "dtype": "fp32"}
-    small = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 128}
+    size = {"num_layers": 2, "num_heads": 2, "hidden_size": 32}
+    small = {**size, "seq_len": 128}
+    tokens = {"batch_tokens": 256, "micro_batch_tokens": 256, "max_length": 32, "vocab_size": 340}
     return {
         "name": "nano",
         "seed": 5,
@@ -32,6 +35,7 @@ def nano(world):
         "rank": {"prompts": [str(world.prompts)], "num_prompts": 16, "max_new_tokens": 32},
         "reward": {"rankings": [str(world.rankings)], "num_train_epochs": 10, "learning_rate": 3e-3, **shared},
         "ppo": {"prompts": [str(world.prompts)], "total_episodes": 160, "response_length": 16, **shared},
+        "translation": {"pairs": [str(pairs)], "steps": 60, "eval_every": 6, "checkpoint_every": 4, **size, **tokens},
         "evaluate": {"num_prompts": 8, "max_new_tokens": 16},
     }
 
@@ -39,7 +43,9 @@ def nano(world):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_world):
     folder = tmp_path_factory.mktemp("end_to_end")
-    (folder / "nano.yaml").write_text(yaml.safe_dump(nano(tiny_world)), "utf-8")
+    pairs = folder / "pairs.tsv"
+    pairs.write_text("".join(f"{a} und {b}\t{a} and {b}\n" for a in range(20) for b in range(20)), "utf-8")
+    (folder / "nano.yaml").write_text(yaml.safe_dump(nano(tiny_world, pairs)), "utf-8")
     return folder
 
 
@@ -62,7 +68,7 @@ def undisturbed(folder):
 def test_every_stage_leaves_a_manifest_and_metrics(undisturbed):
     for stage in STAGES:
         assert (undisturbed / stage / "manifest.json").exists()
-    for stage in ("pretrain", "sft", "reward", "ppo"):
+    for stage in TRAINED:
         assert (undisturbed / stage / "model" / "model.safetensors").exists()
         assert not (undisturbed / stage / "checkpoints").exists()
 
@@ -91,10 +97,10 @@ def cmdline(process):
 
 
 def wait_for_step(run, step, process):
-    """Until the stage has taken `step` steps; the process must not end before."""
-    deadline = time.monotonic() + WAIT
+    """Until this process has had the stage take `step` steps; it must not end before."""
+    deadline, born = time.monotonic() + WAIT, psutil.Process(process.pid).create_time()
     while time.monotonic() < deadline:
-        if any(line["step"] >= step for line in run.metrics()):
+        if any(line["step"] >= step and line["time"] > born for line in run.metrics()):
             return
         assert process.poll() is None, f"the driver ended before {run.stage} took step {step}"
         time.sleep(0.02)
@@ -102,7 +108,9 @@ def wait_for_step(run, step, process):
 
 
 def kill_worker(process):
-    for worker in descendants(process, "RayTrainWorker"):
+    workers = descendants(process, "RayTrainWorker")
+    assert workers
+    for worker in workers:
         worker.kill()
 
 
@@ -121,21 +129,28 @@ def kill_driver(process):
 
 
 def kill_ray(process):
-    for name in ("gcs_server", "raylet"):
-        for server in descendants(process, name):
-            server.kill()
+    servers = [server for name in ("gcs_server", "raylet") for server in descendants(process, name)]
+    assert servers
+    for server in servers:
+        server.kill()
 
 
 KILLS = {"worker": kill_worker, "driver": kill_driver, "ray": kill_ray}
-# Each kind once; KILL=all in the environment takes every kind in every stage, one after the other.
-PLAN = [("pretrain", ["worker"]), ("sft", ["driver"]), ("reward", ["ray"]), ("ppo", ["worker", "driver"])]
-ALL = [(stage, list(KILLS)) for stage in ("pretrain", "sft", "reward", "ppo")]
+# Each kind once; KILL=rest in the environment takes the others, so that both together are every kind in every stage.
+PLAN = [
+    ("pretrain", ["worker"]),
+    ("sft", ["driver"]),
+    ("reward", ["ray"]),
+    ("ppo", ["worker", "driver"]),
+    ("translation", ["worker"]),
+]
+REST = [(stage, [kind for kind in KILLS if kind not in dict(PLAN)[stage]]) for stage in TRAINED]
 
 
 @pytest.mark.timeout(3000)
 def test_killed_in_every_stage_it_finishes_with_the_same_losses(undisturbed, folder):
     process = start(folder, "killed")
-    for stage, kinds in ALL if os.environ.get("KILL") == "all" else PLAN:
+    for stage, kinds in REST if os.environ.get("KILL") == "rest" else PLAN:
         run = Run(folder / "runs" / "killed", stage)
         for number, kind in enumerate(kinds):
             wait_for_step(run, 6 + 4 * number, process)
@@ -145,7 +160,7 @@ def test_killed_in_every_stage_it_finishes_with_the_same_losses(undisturbed, fol
             if kind != "worker":
                 process = start(folder, "killed")
     finish(process, folder, "killed")
-    for stage in ("pretrain", "sft", "reward", "ppo"):
+    for stage in TRAINED:
         assert trajectory(folder / "runs" / "killed", stage) == trajectory(undisturbed, stage)
 
 

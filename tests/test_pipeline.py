@@ -147,6 +147,13 @@ def test_the_plan_prints_the_derived_numbers(world):
     assert "2 epochs" in text
 
 
+def test_a_model_that_is_no_folder_stops_the_plan(world):
+    missing = str(world / "nowhere")
+    with pytest.raises(ConfigError, match=f"sft.model='{missing}': no such folder"):
+        pipeline.plan(recipe(world, sft__model=missing), world / "runs")
+    assert states(recipe(world, sft__model="owner/name"), world)["sft"] == "new"  # a hub's
+
+
 def test_an_unknown_stage_is_refused(world):
     with pytest.raises(ConfigError, match="stage 'ppo' is not in recipe 'r'"):
         pipeline.train(recipe(world), world / "runs", only="ppo")
@@ -168,3 +175,41 @@ def test_a_manifest_says_where_a_model_came_from(world):
 def write_run(r, world):
     write_atomic(world / "runs" / "r" / "run.json", r.model_dump_json())
     return True
+
+
+# ---- translation
+
+
+def translator(world, **changes):
+    path = world / "pairs.tsv"
+    if not path.exists():
+        path.write_text("Ja\tYes\nNein\tNo\n", "utf-8")
+    settings = {"pairs": [str(path)], "steps": 100, "vocab_size": 2000, "hidden_size": 128, "num_layers": 2} | changes
+    return Recipe.model_validate({"name": "t", "translation": settings, "evaluate": {}})
+
+
+def test_a_translator_needs_no_other_stage_and_its_plan_says_how_large_it_is(world):
+    r = translator(world)
+    assert states(r, world) == {"translation": "new", "evaluate": "new"}
+    text = pipeline.describe(r, pipeline.plan(r, world / "runs"))
+    assert "de → en, 1.2M parameters, 100 steps × 4,096 tokens (workers 1 × accumulation 1)" in text
+
+
+def test_changed_pairs_make_a_translator_stale_and_how_it_uses_memory_does_not(world):
+    r = translator(world)
+    finish_all(r, world)
+    assert set(states(translator(world, micro_batch_tokens=512, checkpoint_every=7), world).values()) == {"done"}
+    with (world / "pairs.tsv").open("a") as file:
+        file.write("Vielleicht\tPerhaps\n")
+    assert states(r, world) == {"translation": "stale", "evaluate": "stale"}
+    assert why(r, world)["translation"] == f"{world / 'pairs.tsv'} changed"
+
+
+def test_a_translator_that_starts_from_another_is_stale_when_that_one_changes(world, tiny_world):
+    start = world / "start"
+    shutil.copytree(tiny_world.translation, start)
+    r = translator(world, model=str(start))
+    finish_all(r, world)
+    assert set(states(r, world).values()) == {"done"}
+    (start / "config.json").write_text((start / "config.json").read_text() + "\n")
+    assert why(r, world)["translation"] == f"{start} changed"

@@ -127,7 +127,7 @@ def test_a_mistake_is_named(folder: Path, case: str) -> None:
 
 def test_folders_that_hold_no_chat_model_are_refused_before_anything_starts(folder: Path) -> None:
     model(folder / "reward", kind="reward")
-    with pytest.raises(ServerConfigError, match="reward: holds a reward model; chat needs a causal-lm"):
+    with pytest.raises(ServerConfigError, match="reward: holds a reward model; chat needs a causal-lm model"):
         load_config(None, chat={"a": {"model": "reward"}})
     (model(folder / "plain") / "tokenizer_config.json").write_text("{}", "utf-8")
     with pytest.raises(ServerConfigError, match="plain: its tokenizer has no chat template"):
@@ -138,12 +138,12 @@ def test_folders_that_hold_no_chat_model_are_refused_before_anything_starts(fold
 
 
 def test_folders_of_another_kind_are_refused_for_translation(folder: Path) -> None:
-    with pytest.raises(ServerConfigError, match="mine: holds a causal-lm model; translation needs a translation"):
+    with pytest.raises(ServerConfigError, match="mine: holds a causal-lm model; translation needs a translation model"):
         load_config(None, translation={"a": {"model": "models/mine"}})
     made_elsewhere = model(folder / "opus")
     (made_elsewhere / "config.json").write_text('{"is_encoder_decoder": true}', "utf-8")
     assert load_config(None, translation={"a": {"model": "opus"}}).translation["a"].folder == Path("opus")
-    with pytest.raises(ServerConfigError, match="opus: holds a translation model; chat needs a causal-lm"):
+    with pytest.raises(ServerConfigError, match="opus: holds a translation model; chat needs a causal-lm model"):
         load_config(None, chat={"a": {"model": "opus"}})
     (made_elsewhere / "tokenizer_config.json").unlink()
     with pytest.raises(ServerConfigError, match=r"opus: has no tokenizer_config\.json"):

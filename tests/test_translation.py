@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from training import translation, translation_validation, zero
 from training.config import ConfigError, TranslationConfig
 from training.data.examples import Example
-from training.run import Run
+from training.run import Run, StageError
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_average(make_run, monkeypatch
     translation.run(config, stopped)
     both = [(run.model / "model.safetensors").read_bytes() for run in (undisturbed, stopped)]
     assert both[0] == both[1]
-    assert undisturbed.final_metrics()["val_chrf_averaged"] == stopped.final_metrics()["val_chrf_averaged"]
+    assert undisturbed.final_metrics()["val_chrf_exported"] == stopped.final_metrics()["val_chrf_exported"]
 
 
 def test_micro_batches_are_a_matter_of_memory_alone(make_run):
@@ -107,33 +107,87 @@ def test_every_zero_stage_gives_the_same_losses(make_run, zero_stage):
     assert scores[0] == pytest.approx(scores[1], abs=0.5)
 
 
+@pytest.mark.parametrize("mean_score", [5.0, 4.0])
+def test_what_is_exported_is_the_best_and_not_the_last(make_run, monkeypatch, mean_score):
+    """Validations of 1, 5 and then 2: the mean of the first two where it translates as well, else the second's own."""
+    scripted = iter([1.0, 5.0, mean_score, 2.0, 2.0, 0.0])
+    monkeypatch.setattr(translation_validation.Validation, "_score", lambda self, weights: next(scripted))
+    saved = {}
+    save = translation_validation._save
+
+    def watched(weights, path):
+        saved[path.name] = weights
+        save(weights, path)
+
+    monkeypatch.setattr(translation_validation, "_save", watched)
+    config, run = make_run()
+    translation.run(config, run)
+    first, second = (saved[f"step-{step:08d}.safetensors"] for step in (3, 6))
+    mean = translation_validation.mean_of([first, second])
+    exported = AutoModelForSeq2SeqLM.from_pretrained(run.model).state_dict()
+    wanted, other = (mean, second) if mean_score == 5.0 else (second, mean)
+    assert all(torch.equal(exported[name], weights) for name, weights in wanted.items())
+    assert any(not torch.equal(exported[name], weights) for name, weights in other.items())
+
+
+def test_what_a_restart_does_not_need_is_deleted(make_run):
+    config, run = make_run(steps=30, eval_every=2, average_last=3)
+    translation.run(config, run)  # checkpoints at 4, 8, ... 28
+    steps = sorted(int(path.stem[5:]) for path in (run.checkpoints / "averages").glob("step-*.safetensors"))
+    assert steps == [24, 26, 28, 30]
+
+
+def test_a_batch_smaller_than_its_passes_is_learnt_from_once(make_run):
+    """One pair a batch in four passes, three of them empty."""
+    config, whole = make_run("whole", steps=4, batch_tokens=48)
+    translation.run(config, whole)
+    config, parts = make_run("parts", steps=4, batch_tokens=48, micro_batch_tokens=12)
+    assert config.gradient_accumulation_steps(1) == 4
+    translation.run(config, parts)
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-4)
+
+
 WORKER = """
 import sys
 from pathlib import Path
 from training import translation
 from training.config import TranslationConfig
-from training.run import Run
+from training.run import Run, StageError
 run = Run(Path(sys.argv[1]), "translation", seed=3, val_fraction=0.05, workers=2)
 run.folder.mkdir(parents=True, exist_ok=True)
 translation.run(TranslationConfig.model_validate_json(sys.argv[2]), run)
 """
 
 
-def test_two_workers_give_the_losses_of_one(make_run, tmp_path):
-    config, alone = make_run("alone")
-    translation.run(config, alone)
+def two_workers(config, root):
+    """The exit codes and last words of two workers that train together."""
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(zero._free_port())}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "both"), config.model_dump_json()]
+    command = [sys.executable, "-c", WORKER, str(root), config.model_dump_json()]
     workers = [
         subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
         for rank in ("0", "1")
     ]
     told = [worker.communicate(timeout=240)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    return [worker.returncode for worker in workers], [words[-2000:] for words in told]
+
+
+def test_two_workers_give_the_losses_of_one(make_run, tmp_path):
+    config, alone = make_run("alone")
+    translation.run(config, alone)
+    codes, told = two_workers(config, tmp_path / "both")
+    assert codes == [0, 0], told
     both = Run(tmp_path / "both", "translation")
     assert losses(both) == pytest.approx(losses(alone), abs=1e-4)
     assert both.final_metrics()["val_loss"] == pytest.approx(alone.final_metrics()["val_loss"], abs=1e-3)
+
+
+def test_data_that_is_wrong_ends_every_worker_with_its_message(make_run, tmp_path):
+    """Rank 0 alone reads it; the other must not wait for it."""
+    (tmp_path / "bad.tsv").write_text("Ja\tYes\n1\t2\t3\n", "utf-8")
+    config, _ = make_run("unused", pairs=[str(tmp_path / "bad.tsv")])
+    codes, told = two_workers(config, tmp_path / "both")
+    assert codes == [1, 1] and all("bad.tsv:2: has 3 columns" in words for words in told)
 
 
 def test_it_ends_where_nothing_gets_better(make_run):
@@ -152,6 +206,28 @@ def test_a_model_that_is_there_is_fine_tuned_with_adapters(make_run):
     assert before.keys() == after.keys()  # merged: an ordinary model folder
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name or "fc" in name for name in changed)
+
+
+def test_a_start_that_cannot_be_used_is_refused_in_words(make_run, tiny_world, tmp_path):
+    for model, said in (
+        (tiny_world.llama, "translation.model=.*: holds a causal-lm model"),
+        (tmp_path / "nowhere", "translation.model=.*: no such model folder"),
+        (tiny_world.translation, "translation.max_length=1000: .* takes [0-9]+ tokens at most"),
+    ):
+        config, run = make_run(f"from-{model.name}", model=str(model), max_length=1000, batch_tokens=2000)
+        with pytest.raises(StageError, match=said):
+            translation.run(config, run)
+
+
+def test_an_opus_mt_folder_is_fine_tuned_and_stays_one(make_run, tmp_path):
+    """Its two SentencePiece vocabularies: sources by the one, targets by the other."""
+    from translation_world import build_opus_folder
+
+    start = build_opus_folder(tmp_path / "opus")
+    config, run = make_run("tuned", model=str(start), steps=6, max_length=40)
+    translation.run(config, run)
+    assert (run.model / "source.spm").is_file() and (run.model / "target.spm").is_file()
+    assert losses(run)[-1] < losses(run)[0]
 
 
 # ---- maths
@@ -196,7 +272,7 @@ def test_collate_pads_on_the_right():
 
 
 def test_the_tokenizer_gives_every_text_back_and_one_token_to_a_word_wherever_it_stands():
-    tokenizer = translation.train_tokenizer(["eins zwei drei zwei"] * 50, 300)
+    tokenizer = translation.train_tokenizer(["eins zwei drei zwei"] * 50, 300, 24)
     for text in ("zwei eins", "Ünïcode 🙂 \t x", "123"):
         ids = tokenizer(text).input_ids
         assert ids[-1] == tokenizer.eos_token_id

@@ -1,10 +1,10 @@
 """Translator: what it promises to many callers at once, and that every kind of folder is taken."""
 
 import asyncio
-import json
 import shutil
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import M2M100Tokenizer, MarianTokenizer, MBart50Tokenizer, MBartTokenizer, NllbTokenizer
-from translation_world import EOS, build_folder, tiny_model
+from translation_world import EOS, build_folder, build_opus_folder
 
 from serving.engine.api import EngineClosed, QueueFull
 from serving.model_folder import load_causal_lm, load_translation
@@ -268,33 +268,7 @@ def test_folders_that_cannot_be_served_are_refused(folder: Path, tmp_path: Path,
 
 @pytest.fixture(scope="module")
 def opus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As Helsinki's are: two sentencepiece models, one vocabulary, pad last and the start, no chatforge.json."""
-    spm = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("opus-mt-de-en")
-    sides = {"source": "der hund sah die katze am see", "target": "the dog saw the cat by the lake"}
-    pieces: dict[str, None] = {"</s>": None, "<unk>": None}
-    for side, words in sides.items():
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=iter([words] * 20), model_prefix=str(folder / side), vocab_size=24, minloglevel=2,
-            hard_vocab_limit=False,
-        )  # fmt: skip
-        model = spm.SentencePieceProcessor(model_file=str(folder / f"{side}.model"))
-        pieces |= dict.fromkeys(model.id_to_piece(i) for i in range(3, model.get_piece_size()))
-        (folder / f"{side}.model").rename(folder / f"{side}.spm")
-        (folder / f"{side}.vocab").unlink()
-    vocab = {piece: number for number, piece in enumerate([*pieces, "<pad>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    config = {"source_lang": "de", "target_lang": "en", "tokenizer_class": "MarianTokenizer", "model_max_length": 64}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    pad = vocab["<pad>"]
-    model = tiny_model(
-        "marian", len(vocab), steps=0, pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad,
-        forced_eos_token_id=0, bad_words_ids=[[pad]], renormalize_logits=True, num_beams=2,
-    )  # fmt: skip
-    model.config.pad_token_id = model.config.decoder_start_token_id = pad
-    model.config.eos_token_id = 0
-    model.save_pretrained(folder)
-    return folder
+    return build_opus_folder(tmp_path_factory.mktemp("opus-mt-de-en"))
 
 
 def test_an_opus_mt_folder_is_served(opus_folder: Path) -> None:
@@ -312,6 +286,24 @@ def test_an_opus_mt_folder_is_served(opus_folder: Path) -> None:
     assert translation.hypotheses[0].text == "\n  ".join(want)
 
 
+def test_a_text_in_another_form_has_the_same_tokens(folder: Path) -> None:
+    """Decomposed letters, no-break spaces and double ones: models are taught NFC with single spaces."""
+    _, tokenizer = load_translation(folder)
+    codec = Codec(tokenizer, "de", "en")
+    wanted, *others = codec.encode(["süße z. B.", unicodedata.normalize("NFD", "süße z. B."), "süße z.\u00a0B.  "])
+    assert others == [wanted, wanted]
+    assert codec.encode_targets(["Cafe\u0301"]) == codec.encode_targets(["Café"])
+
+
+def test_control_tokens_in_a_text_are_text(folder: Path) -> None:
+    _, tokenizer = load_translation(folder)
+    codec = Codec(tokenizer, "de", "en")
+    for encode in (codec.encode, codec.encode_targets):
+        (ids,) = encode([f"Haus {tokenizer.eos_token} da {tokenizer.pad_token} x"])
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.pad_token_id not in ids
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "source", "target", "first"),
     [
@@ -327,6 +319,9 @@ def test_a_multilingual_tokenizer_is_set_to_the_languages(
     codec = Codec(multilingual, source, target)
     assert multilingual.src_lang in multilingual.convert_ids_to_tokens(codec.encode(["x"])[0])
     assert multilingual.src_lang.startswith("de")
+    (made,) = codec.encode_targets(["x"])
+    assert multilingual.tgt_lang in multilingual.convert_ids_to_tokens(made)
+    assert multilingual.src_lang not in multilingual.convert_ids_to_tokens(made)
     assert codec.first_token == (None if first is None else multilingual.convert_tokens_to_ids(first))
     with pytest.raises(ValueError, match="language 'tlh' is none of"):
         Codec(multilingual, source, "tlh")

@@ -102,3 +102,34 @@ def build_folder(folder: Path, *, endless: bool = False, **manifest: str) -> Pat
     card = {"kind": "translation", "source_language": "de", "target_language": "en", "source_script": "LATIN"}
     (folder / "chatforge.json").write_text(json.dumps(card | manifest), "utf-8")
     return folder
+
+
+def build_opus_folder(folder: Path) -> Path:
+    """As Helsinki's are: two sentencepiece models, one vocabulary, pad last and the start, no chatforge.json."""
+    import sentencepiece as spm
+
+    folder.mkdir(exist_ok=True)
+    sides = {"source": "der hund sah die katze am see", "target": "the dog saw the cat by the lake"}
+    pieces: dict[str, None] = {"</s>": None, "<unk>": None}
+    for side, words in sides.items():
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter([words] * 20), model_prefix=str(folder / side), vocab_size=24, minloglevel=2,
+            hard_vocab_limit=False,
+        )  # fmt: skip
+        model = spm.SentencePieceProcessor(model_file=str(folder / f"{side}.model"))
+        pieces |= dict.fromkeys(model.id_to_piece(i) for i in range(3, model.get_piece_size()))
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
+        (folder / f"{side}.vocab").unlink()
+    vocab = {piece: number for number, piece in enumerate([*pieces, "<pad>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    config = {"source_lang": "de", "target_lang": "en", "tokenizer_class": "MarianTokenizer", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    pad = vocab["<pad>"]
+    model = tiny_model(
+        "marian", len(vocab), steps=0, pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad,
+        forced_eos_token_id=0, bad_words_ids=[[pad]], renormalize_logits=True, num_beams=2,
+    )  # fmt: skip
+    model.config.pad_token_id = model.config.decoder_start_token_id = pad
+    model.config.eos_token_id = 0
+    model.save_pretrained(folder)
+    return folder

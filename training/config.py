@@ -251,7 +251,7 @@ class TranslationConfig(OptimizerConfig):
     average_last: Positive = 4  # validations whose weights are averaged in the end (Vaswani et al. 2017, 6.1)
     eval_every: Positive = 200  # optimiser steps
     patience: Positive = 10  # validations without a better chrF after which training ends
-    num_beams: Positive = 4  # the service's default, and the evaluation's
+    num_beams: Annotated[int, Field(ge=1, le=32)] = 4  # the service's default, and the evaluation's
     length_penalty: Annotated[float, Field(ge=-10.0, le=10.0)] = 1.0
     lora: LoraConfig | None = None
 

@@ -12,7 +12,7 @@ import numpy as np
 from training.data.pairs import Pair
 
 ITERATIONS = 6
-MAX_CELLS = 20_000_000  # pairs of words that are looked at: bounds memory to about a gigabyte
+MAX_CELLS = 40_000_000  # pairs of words that are looked at: bounds memory to about two gigabytes
 _WORD = re.compile(r"\w+|[^\w\s]")
 _JOIN_LEFT = frozenset(".,;:!?)]}%…")
 
@@ -37,9 +37,13 @@ def words(text: str) -> list[str]:
 
 
 def fit_dictionary(pairs: Sequence[Pair]) -> Dictionary:
-    """Learns t(target | source) by EM from uniform, the empty source word included, and keeps each row's highest."""
-    sources, targets = _ids([words(p.source) for p in pairs]), _ids([words(p.target) for p in pairs])
-    cells = _cells(sources.rows, targets.rows, null=len(sources.names))
+    """Learns t(target | source) by EM from uniform, the empty source word included, and keeps each row's highest.
+
+    Of more pairs than MAX_CELLS allows for, every n-th one teaches.
+    """
+    pairs = pairs[:: 1 + sum((1 + len(words(p.source))) * len(words(p.target)) for p in pairs) // MAX_CELLS]
+    sources, targets = _Ids([words(p.source) for p in pairs]), _Ids([words(p.target) for p in pairs])
+    cells = _Cells(sources.rows, targets.rows, null=len(sources.names))
     key, inverse = np.unique(cells.source * len(targets.names) + cells.target, return_inverse=True)
     key_source = key // len(targets.names)
     t = np.full(len(key), 1.0 / max(1, len(targets.names)))
@@ -56,7 +60,7 @@ def fit_dictionary(pairs: Sequence[Pair]) -> Dictionary:
     return Dictionary(entries)
 
 
-class _ids:
+class _Ids:
     """Every word's number, by first appearance."""
 
     def __init__(self, texts: Sequence[list[str]]) -> None:
@@ -65,19 +69,16 @@ class _ids:
         self.names = list(index)
 
 
-class _cells:
+class _Cells:
     """All (source word, target word) of each pair: arrays [N]; `position` numbers the target words of all pairs."""
 
     def __init__(self, sources: Sequence[list[int]], targets: Sequence[list[int]], null: int) -> None:
         source, target, position = [], [], []
-        start = cells = 0
+        start = 0
         for s, t in zip(sources, targets, strict=True):
             rows = np.array([null, *s])
             source.append(np.repeat(rows, len(t)))
             target.append(np.tile(np.array(t, np.int64), len(rows)))
             position.append(np.tile(np.arange(start, start + len(t)), len(rows)))
             start += len(t)
-            cells += len(rows) * len(t)
-            if cells > MAX_CELLS:
-                break
         self.source, self.target, self.position = (np.concatenate(part) for part in (source, target, position))

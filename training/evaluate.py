@@ -144,19 +144,26 @@ def score_rankings(
 # ---- one folder
 
 
-def evaluate_model(folder: str, sources: Sequence[str], device: str = "cpu") -> Result:
+def evaluate_model(
+    folder: str,
+    sources: Sequence[str],
+    device: str = "cpu",
+    source_language: str | None = None,
+    target_language: str | None = None,
+) -> Result:
     """What a model folder is worth on given data, by its kind.
 
     causal-lm: `sources` are texts, and the result has `bits_per_byte` and `perplexity` (per token). reward: they are
-    rankings, and it has `accuracy` beside `longer_wins`. translation: they are sentence pairs, and it has `bleu` and
-    `chrf` with sacreBLEU's signatures. Raises ValueError for other kinds and for data that is wrong.
+    rankings, and it has `accuracy` beside `longer_wins`. translation: they are sentence pairs of the given languages,
+    by default the folder's, and it has `bleu` and `chrf` with sacreBLEU's signatures. Raises ValueError for other kinds
+    and for data that is wrong.
     """
     about = describe(folder)
     kind, context = about.kind, min(about.context_length or MAX_CONTEXT, MAX_CONTEXT)
     if kind == "reward":
         return {"kind": kind, **score_rankings(folder, [], read_rankings(sources), context, device)}
     if kind == "translation":
-        return {"kind": kind, **score_pairs(folder, sources, device)}
+        return {"kind": kind, **score_pairs(folder, sources, device, source_language, target_language)}
     if kind != "causal-lm":
         raise ValueError(f"{folder}: holds a {kind} model; evaluate measures causal-lm, reward and translation")
     model, tokenizer = measure.load(folder, device)

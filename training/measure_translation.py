@@ -4,6 +4,7 @@ Every text is translated as the service would. Leaves out: learned metrics (COME
 """
 
 import random
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -48,9 +49,10 @@ def measure_translation(folder: str, config: TranslationConfig, run: Run, num_pa
         "learnt_from": len(sides.training),
         "dropped": sides.dropped,
         "num_beams": config.num_beams,
-        **signatures(),
+        **signatures(languages[1]),
         "sources": [
-            _of_source(name, tested, made) for name in (*config.pairs, *([""] if len(config.pairs) > 1 else []))
+            _of_source(name, tested, made, languages[1])
+            for name in (*config.pairs, *([""] if len(config.pairs) > 1 else []))
         ],
         **{f"over_{name}": _gain(tested, made["model"], made[name]) for name in ("copy", "dictionary")},
         "exact": _exact(tested, made["model"], known),
@@ -59,17 +61,17 @@ def measure_translation(folder: str, config: TranslationConfig, run: Run, num_pa
     }
 
 
-def score_pairs(folder: str, sources: Sequence[str], device: str) -> Result:
-    """Any translation folder on any pairs of its languages, decoded as it recommends."""
-    with closing(Translator(folder, device=device)) as translator:
+def score_pairs(folder: str, sources: Sequence[str], device: str, source: str | None, target: str | None) -> Result:
+    """Any translation folder on any pairs of its languages, which are given or its own, decoded as it recommends."""
+    with closing(Translator(folder, source_language=source, target_language=target, device=device)) as translator:
         languages = translator.source_language, translator.target_language
         pairs = [pair for pair in read_pairs(sources, *languages) if pair.source and pair.target]
         if not pairs:
             raise StageError(f"{', '.join(sources)}: no pair has two sides")
         done = translator.translate_all([pair.source for pair in pairs], translator.defaults)
     made, references = [translation.hypotheses[0].text for translation in done], [pair.target for pair in pairs]
-    scores = {"bleu": bleu(made, references), "chrf": chrf(made, references)}
-    return {"pairs": len(pairs), "languages": " → ".join(languages), **scores, **signatures()}
+    scores = {"bleu": bleu(made, references, languages[1]), "chrf": chrf(made, references)}
+    return {"pairs": len(pairs), "languages": " → ".join(languages), **scores, **signatures(languages[1])}
 
 
 def translated(
@@ -89,9 +91,17 @@ def translated(
 # ---- scores
 
 
-def bleu(made: Sequence[str], references: Sequence[str]) -> float:
+# Languages that are written without spaces; sacreBLEU's 13a would count their sentences as single words.
+_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char"}
+
+
+def _bleu(language: str) -> BLEU:
+    return BLEU(tokenize=_TOKENIZERS.get(re.split("[-_]", language)[0].lower(), "13a"))
+
+
+def bleu(made: Sequence[str], references: Sequence[str], language: str = "en") -> float:
     """Corpus BLEU, 0 to 100 (Papineni et al. 2002; Post 2018)."""
-    return BLEU().corpus_score(list(made), [list(references)]).score
+    return _bleu(language).corpus_score(list(made), [list(references)]).score
 
 
 def chrf(made: Sequence[str], references: Sequence[str]) -> float:
@@ -99,10 +109,10 @@ def chrf(made: Sequence[str], references: Sequence[str]) -> float:
     return CHRF().corpus_score(list(made), [list(references)]).score
 
 
-def signatures() -> dict[str, str]:
+def signatures(language: str) -> dict[str, str]:
     """How sacreBLEU computes the two, in its own words; others' scores compare where these are equal."""
     out = {}
-    for name, metric in (("bleu_signature", BLEU()), ("chrf_signature", CHRF())):
+    for name, metric in (("bleu_signature", _bleu(language)), ("chrf_signature", CHRF())):
         metric.corpus_score(["a"], [["a"]])  # a signature tells the number of references, so it needs some
         out[name] = str(metric.get_signature())
     return out
@@ -120,14 +130,14 @@ def _first(pairs: Sequence[Pair], origin: str, count: int) -> list[Pair]:
     return [pair for pair in pairs if pair.origin == origin][:count]
 
 
-def _of_source(name: str, tested: Sequence[Pair], made: dict[str, list[str]]) -> Result:
+def _of_source(name: str, tested: Sequence[Pair], made: dict[str, list[str]], language: str) -> Result:
     """Scores on the pairs of one source, on all of them for the empty name."""
     chosen = [i for i, pair in enumerate(tested) if not name or pair.origin == name]
     references = [tested[i].target for i in chosen]
     row: Result = {"name": name.rsplit("/", 1)[-1] or "all", "pairs": len(chosen)}
     for who, texts in made.items():
         own = [texts[i] for i in chosen]
-        row[who] = {"bleu": bleu(own, references), "chrf": chrf(own, references)} if chosen else None
+        row[who] = {"bleu": bleu(own, references, language), "chrf": chrf(own, references)} if chosen else None
     return row
 
 

@@ -47,6 +47,7 @@ PARENTS: dict[str, dict[str, str | None]] = {
     "translation": {},
     "evaluate": {"pretrain": None, "sft": None, "reward": None, "ppo": None, "translation": None},
 }
+MODELS = ("model", "reward_model")
 SOURCES = ("text", "chats", "prompts", "rankings", "pairs")
 
 State = Literal["done", "resume", "stale", "new"]
@@ -124,6 +125,7 @@ def plan(recipe: Recipe, runs: Path = RUNS) -> list[PlannedStage]:
     again: set[str] = set()
     for name, config in recipe.stages.items():
         _check_parents(recipe, root, name)
+        _check_models(config, name)
         numbers = derived(recipe, config)
         state, why = _state(root, name, _identity(recipe, root, name))
         waits = sorted(again & _parents(recipe, name).keys())
@@ -203,6 +205,14 @@ def _check_parents(recipe: Recipe, root: Path, name: str) -> None:
         raise ConfigError(f"{name}: needs the {parent} stage, which recipe {recipe.name!r} does not have: add it{hint}")
 
 
+def _check_models(config: StageConfig, name: str) -> None:
+    """A model that a stage names is a folder, or may be a hub's: NAME or OWNER/NAME."""
+    for field in MODELS:
+        model = getattr(config, field, None)
+        if model and not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+            raise ConfigError(f"{name}.{field}={model!r}: no such folder")
+
+
 def _parents(recipe: Recipe, name: str) -> dict[str, str | None]:
     config = recipe.stages[name]
     fields = PARENTS[name].items()
@@ -244,7 +254,7 @@ def _identity(recipe: Recipe, root: Path, name: str) -> dict[str, Any]:
     config = recipe.stages[name]
     settings = config.model_dump(mode="json", exclude=set(config.runtime))
     sources = [s for field in SOURCES for s in (settings.get(field) or []) if name != "evaluate"]
-    models = [settings[f] for f in ("model", "reward_model") if settings.get(f)]
+    models = [settings[f] for f in MODELS if settings.get(f)]
     run = stage_run(recipe, root, name)
     return {
         "config": settings,

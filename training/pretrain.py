@@ -70,9 +70,7 @@ def run(config: PretrainConfig, run: Run) -> None:
 
 def _data(config: PretrainConfig, run: Run, tokenizer: PreTrainedTokenizerFast) -> tuple[PackedTokens, PackedTokens]:
     """The memory-mapped training and held-out tokens; rank 0 writes them where they are not there yet."""
-    if run.rank == 0:
-        tokenize_to_shards(config.text, tokenizer, run)
-    zero.barrier()
+    zero.on_first(run, lambda: tokenize_to_shards(config.text, tokenizer, run))
     shards = run.folder / "shards"
     return PackedTokens(shards, "train", config.seq_len), PackedTokens(shards, "val", config.seq_len)
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     MarianConfig,
@@ -27,13 +26,15 @@ from transformers import (
 )
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
+from serving.model_folder import describe, load_translation
+from serving.translation.codec import Codec
 from training import zero
 from training.config import TranslationConfig, padded_vocab
 from training.data.examples import Batches, Example, Examples, write_examples
-from training.data.pairs import Pair, Sides, read_sides
+from training.data.pairs import Pair, read_sides
 from training.run import Run, StageError, folder_atomic
 from training.trainer import peft_config
-from training.translation_validation import Validation
+from training.translation_validation import HeldOut, Validation
 
 IGNORED = -100  # a label that no loss is taken of
 
@@ -42,19 +43,20 @@ def run(config: TranslationConfig, run: Run) -> None:
     """Pairs to a translation model. Raises StageError for data that cannot teach, and for a loss that is no number."""
     zero.init_distributed(run.device)
     zero.seed_everything(run.seed)
-    sides = _prepare(config, run) if run.rank == 0 else None
-    zero.barrier()
+    held_out = zero.on_first(run, lambda: _prepare(config, run))
     tokenizer = _tokenizer(config, run)
     train, val = (Batches(Examples(run.folder / side), config.batch_tokens, run.seed) for side in ("train", "val"))
 
     model = build_model(config, tokenizer)
-    validation = Validation(config, run, tokenizer, copy.deepcopy(model), sides)
+    twin = copy.deepcopy(model) if held_out else None
+    validation = Validation(config, run, tokenizer, twin, held_out)
     optimizer = torch.optim.AdamW(
         zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-9
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
-    start = validation.resume(zero.resume(engine, run))
+    start = zero.resume(engine, run)
+    validation.rewind(start)
 
     for step in range(start, config.steps):
         if validation.is_over:
@@ -85,23 +87,37 @@ def run(config: TranslationConfig, run: Run) -> None:
 # ---- data
 
 
-def _prepare(config: TranslationConfig, run: Run) -> Sides:
+def _prepare(config: TranslationConfig, run: Run) -> HeldOut:
     """Reads, cleans and splits the pairs; leaves the tokenizer and both sides' tokens where they are not there yet."""
+    if config.model:
+        _check_start(config.model, config.max_length)
     sides = read_sides(config.pairs, config.source_language, config.target_language, run.seed, run.val_fraction)
     folder = run.folder / "tokenizer"
     if not config.model and not folder.exists():
         with folder_atomic(folder) as temporary:
-            train_tokenizer(_texts(sides.training), config.vocab_size).save_pretrained(temporary)
-    tokenizer = _tokenizer(config, run)
+            train_tokenizer(_texts(sides.training), config.vocab_size, config.max_length).save_pretrained(temporary)
+    codec = Codec(_tokenizer(config, run), config.source_language, config.target_language)
     for name, pairs in (("train", sides.training), ("val", sides.validation)):
         if not (run.folder / name).exists():
-            write_examples(pairs, tokenizer, config.max_length, run.folder / name)
+            write_examples(pairs, codec, config.max_length, run.folder / name)
     dropped = sides.dropped | {"longer than max_length": len(sides.training) - len(Examples(run.folder / "train"))}
-    print(
-        f"pairs: {len(sides.training)} to learn from, {len(sides.validation)} to validate on, {len(sides.test)} to test"
-    )
+    sizes = {"learn from": sides.training, "validate on": sides.validation, "test on": sides.test}
+    print("pairs:", ", ".join(f"{len(side)} to {what}" for what, side in sizes.items()))
     print("left out:", ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none", flush=True)
-    return sides
+    return HeldOut(sides.validation, sides.source_script)
+
+
+def _check_start(model: str, max_length: int) -> None:
+    """Raises StageError where no translation model of that length is there; loads no weights."""
+    try:
+        about = describe(model)
+    except ValueError as error:
+        raise StageError(f"translation.model={model}: {error}") from None
+    if about.kind != "translation":
+        raise StageError(f"translation.model={model}: holds a {about.kind} model; a translation model is needed")
+    if about.context_length and max_length > about.context_length:
+        limit = about.context_length
+        raise StageError(f"translation.max_length={max_length}: {model} takes {limit} tokens at most")
 
 
 def _texts(pairs: Sequence[Pair]) -> list[str]:
@@ -128,10 +144,11 @@ def _tokenizer(config: TranslationConfig, run: Run) -> Any:
     return AutoTokenizer.from_pretrained(config.model or run.folder / "tokenizer")
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A joint byte-level BPE (Sennrich et al. 2016) that ends every text with eos; no text is out of its vocabulary.
 
     Words bear the space before them, and the first one too, so that it is the same token at the start of a sentence.
+    `max_length` tells whoever translates which lengths the model has learnt from: longer sentences are cut.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -149,7 +166,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     bpe.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", bpe.token_to_id("</s>"))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, model_max_length=max_length, clean_up_tokenization_spaces=False, **special
+    )
 
 
 # ---- model
@@ -159,7 +178,11 @@ def build_model(config: TranslationConfig, tokenizer: Any) -> Any:
     """A fresh Marian model of the paper's shape, or the start with adapters where LoRA is asked for."""
     if not config.model:
         return fresh_model(config, tokenizer)
-    model = AutoModelForSeq2SeqLM.from_pretrained(config.model, dtype="float32", use_safetensors=True)
+    try:
+        model, _ = load_translation(config.model, torch.float32)
+    except ValueError as error:
+        raise StageError(f"translation.model={config.model}: {error}") from None
+    model.train()
     for module in model.modules():
         if isinstance(module, MarianSinusoidalPositionalEmbedding):  # fixed in a fresh model, not in a loaded one
             module.requires_grad_(False)

@@ -5,8 +5,10 @@ last validations' weights up to the best one (Vaswani et al. 2017, 6.1).
 """
 
 import copy
-import tempfile
+import os
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,40 @@ from safetensors.torch import load_file, save_file
 
 from training import zero
 from training.config import TranslationConfig
-from training.data.pairs import Sides
+from training.data.pairs import Pair
 from training.measure_translation import chrf, translated
 from training.run import Run, save_model
+
+Weights = dict[str, torch.Tensor]  # parameters by name
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What rank 0 validates with."""
+
+    pairs: list[Pair]
+    source_script: str
 
 
 class Validation:
     """Rank 0's copy of the model: it is given the weights of a step, translates, and keeps the mean of the best.
 
-    Beside the checkpoints, `averages/step-N` has the weights of the validation at step N, `averages/best-N` the mean of
-    the last `average_last` up to N, where N was the best so far. What a restart from the newest checkpoint needs is
-    kept. Every rank calls every method; the others only give what they hold of the weights.
+    Beside the checkpoints, `averages/step-N` has the weights of the validation at step N. If it was the best so far,
+    `averages/best-N` has the mean of the last `average_last`, or N's own where these translate better. What a restart
+    from the newest checkpoint needs is kept. Every rank calls every method; the others only give what they hold of the
+    weights.
     """
 
-    def __init__(self, config: TranslationConfig, run: Run, tokenizer: Any, twin: Any, sides: Sides | None) -> None:
-        """`twin` is a second copy of the model; `sides` are rank 0's."""
-        self._config, self._run, self._tokenizer, self._twin, self._sides = config, run, tokenizer, twin, sides
+    def __init__(
+        self, config: TranslationConfig, run: Run, tokenizer: Any, twin: Any, held_out: HeldOut | None
+    ) -> None:
+        """`twin`, a second copy of the model, and `held_out` are rank 0's."""
+        self._config, self._run, self._tokenizer, self._twin, self._held_out = config, run, tokenizer, twin, held_out
         self._folder = run.checkpoints / "averages"
         self._scores: dict[int, float] = {}  # step → chrF
 
-    def resume(self, step: int) -> int:
-        """Forgets the validations after `step`, and returns it."""
+    def rewind(self, step: int) -> None:
+        """Forgets the validations after `step`."""
         logged = {line["step"]: line["val_chrf"] for line in self._run.metrics() if "val_chrf" in line}
         self._scores = {at: score for at, score in logged.items() if at <= step}
         if self._run.rank == 0:
@@ -44,7 +59,6 @@ class Validation:
                 if _step_of(path) > step:
                     path.unlink()
         zero.barrier()
-        return step
 
     @property
     def _best(self) -> int:
@@ -66,11 +80,16 @@ class Validation:
         self._scores[step] = zero.sum_over_workers([score])[0]
         if self._run.rank == 0:
             if self._best == step:
-                window = sorted(self._folder.glob("step-*.safetensors"))[-self._config.average_last :]
-                _save(mean_of([load_file(path) for path in window]), self._folder / f"best-{step:08d}.safetensors")
+                _save(self._better(weights, score), self._folder / f"best-{step:08d}.safetensors")
             self._prune()
         zero.barrier()
         return self._scores[step]
+
+    def _better(self, weights: Weights, score: float) -> Weights:
+        """The mean of the last validations where it translates at least as well as the newest, which has `score`."""
+        window = sorted(self._folder.glob("step-*.safetensors"))[-self._config.average_last :]
+        mean = mean_of([load_file(path) for path in window])
+        return mean if len(window) > 1 and self._score(mean) >= score else weights
 
     def _prune(self) -> None:
         """Deletes what neither this run nor a restart from its newest checkpoint will read."""
@@ -81,13 +100,13 @@ class Validation:
                 path.unlink()
 
     def export(self) -> None:
-        """The stage's model folder, from the best mean of weights; logs the mean's own chrF."""
-        if self._sides:
+        """The stage's model folder, from the best weights; logs their chrF."""
+        if self._held_out:
             weights = load_file(sorted(self._folder.glob("best-*.safetensors"))[-1])
             about = dict(zip(("source_language", "target_language"), self._languages, strict=True))
-            about["source_script"] = self._sides.source_script
+            about["source_script"] = self._held_out.source_script
             step = max(self._scores)
-            self._run.log(step, step, val_chrf_averaged=self._score(weights))
+            self._run.log(step, step, val_chrf_exported=self._score(weights))
             save_model(self._run, lambda folder: self._write(weights, folder), "translation", **about)
         zero.barrier()
 
@@ -95,15 +114,15 @@ class Validation:
     def _languages(self) -> tuple[str, str]:
         return self._config.source_language, self._config.target_language
 
-    def _score(self, weights: dict[str, torch.Tensor]) -> float:
-        assert self._sides
-        pairs = self._sides.validation
-        with tempfile.TemporaryDirectory(dir=self._run.folder) as folder:
-            self._write(weights, Path(folder))
-            made = translated(folder, [pair.source for pair in pairs], self._languages, self._run.device, num_beams=1)
+    def _score(self, weights: Weights) -> float:
+        assert self._held_out
+        pairs, folder = self._held_out.pairs, self._run.checkpoints / "validated"
+        self._write(weights, folder)
+        made = translated(folder, [pair.source for pair in pairs], self._languages, self._run.device, num_beams=1)
+        shutil.rmtree(folder)
         return chrf(made, [pair.target for pair in pairs])
 
-    def _write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def _write(self, weights: Weights, folder: Path) -> None:
         """A model folder of these weights, adapters merged."""
         with torch.no_grad():
             for name, parameter in self._twin.named_parameters():
@@ -115,7 +134,7 @@ class Validation:
         self._tokenizer.save_pretrained(folder)
 
 
-def mean_of(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def mean_of(states: Sequence[Weights]) -> Weights:
     """The elementwise mean of several models' weights."""
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
@@ -124,8 +143,10 @@ def _step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
+def _save(weights: Weights, path: Path) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f"writing-{_step_of(path)}.tmp")
     save_file(weights, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 from training.config import TrainingConfig, TranslationConfig
 from training.device import ENVIRONMENT, backend
-from training.run import Run, commit_folder, save_model
+from training.run import Run, StageError, commit_folder, save_model
 
 Config = TrainingConfig | TranslationConfig
+T = TypeVar("T")
 
 
 def init_distributed(device: str) -> None:
@@ -102,6 +103,23 @@ def initialize(
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_first(run: Run, make: Callable[[], T]) -> T | None:
+    """What `make` returns on rank 0, None elsewhere; all ranks call it, and what it raises is raised on every one.
+
+    Only StageError travels so: without it the others would wait for a rank that has given up.
+    """
+    made, told = None, [""]
+    if run.rank == 0:
+        try:
+            made = make()
+        except StageError as error:
+            told = [str(error)]
+    dist.broadcast_object_list(told, 0)
+    if told[0]:
+        raise StageError(told[0])
+    return made
 
 
 def mean_over_workers(value: float) -> float:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from serving.engine.api import FinishReason
 
+MAX_NUM_BEAMS = 32
+
 
 @dataclass(frozen=True)
 class TranslationParams:
@@ -21,7 +23,7 @@ class TranslationParams:
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and its range."""
         checks = (
-            ("num_beams", 1 <= self.num_beams <= 32, "between 1 and 32"),
+            ("num_beams", 1 <= self.num_beams <= MAX_NUM_BEAMS, f"between 1 and {MAX_NUM_BEAMS}"),
             ("length_penalty", -10.0 <= self.length_penalty <= 10.0, "between -10 and 10"),
             ("num_hypotheses", 1 <= self.num_hypotheses <= self.num_beams, f"between 1 and num_beams={self.num_beams}"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

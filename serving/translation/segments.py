@@ -5,11 +5,12 @@ is never joined to another, so that a document of 200 lines has 200 lines in the
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import sentencex
+
+from serving.translation.scripts import script_of
 
 _SPACE = re.compile(r"\s+")
 # Where a line or a column ends, whatever is beside it: tab and all that str.splitlines breaks at.
@@ -50,8 +51,8 @@ class Segments:
 def split(text: str, language: str, script: str | None = None) -> Segments:
     """The sentences of `text` in `language` (BCP-47; one that the splitter does not know splits like English).
 
-    `script` is the first word of the Unicode names of the language's letters, such as LATIN; a sentence without any
-    such letter is left as it is.
+    `script` is what the language is written in (see scripts.py), such as LATIN; a sentence without any such letter is
+    left as it is.
     """
     language = re.split("[-_]", language)[0].lower()
     parts = [""]  # what is left as it is, and sentences, in turn
@@ -75,9 +76,8 @@ def one_line(translation: str) -> str:
 
 
 def _translatable(letter: str, script: str | None) -> bool:
-    if not letter.isalpha():
-        return False
-    return script is None or unicodedata.name(letter, "").split(" ")[0] == script
+    own = script_of(letter)
+    return bool(own) and script in (None, own)
 
 
 def _sentences(chunk: str, language: str) -> list[str]:

@@ -12,7 +12,14 @@ import torch
 from serving.engine.api import EngineClosed, FinishReason, QueueFull
 from serving.model_folder import context_length, describe, load_translation
 from serving.translation import segments
-from serving.translation.api import Hypothesis, Piece, Translation, TranslationParams, TranslatorStats
+from serving.translation.api import (
+    MAX_NUM_BEAMS,
+    Hypothesis,
+    Piece,
+    Translation,
+    TranslationParams,
+    TranslatorStats,
+)
 from serving.translation.batching import Call, Waiting, pick
 from serving.translation.codec import Codec
 from serving.translation.ct2 import Ct2Decoder
@@ -288,6 +295,10 @@ def _language(side: str, wanted: str | None, manifest: dict[str, Any], tokenizer
 
 
 def _defaults(config: Any) -> TranslationParams:
-    """What the folder's generation_config asks for."""
-    given = {name: getattr(config, name) for name in ("num_beams", "length_penalty")}
-    return TranslationParams(**{name: value for name, value in given.items() if value is not None})
+    """What the folder's generation_config asks for, of beams not more than are allowed."""
+    beams, penalty = config.num_beams, config.length_penalty
+    known = TranslationParams()
+    return TranslationParams(
+        num_beams=known.num_beams if beams is None else min(beams, MAX_NUM_BEAMS),
+        length_penalty=known.length_penalty if penalty is None else penalty,
+    )

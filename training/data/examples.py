@@ -1,10 +1,9 @@
 """Sentence pairs as tokens: written once, memory-mapped by every worker, handed out in batches of like length."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -23,7 +22,15 @@ class Example:
     target: np.ndarray
 
 
-def write_examples(pairs: Sequence[Pair], tokenizer: Any, max_length: int, folder: Path) -> None:
+class Encoder(Protocol):
+    """What makes tokens of the two sides."""
+
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_targets(self, sentences: Sequence[str]) -> list[list[int]]: ...
+
+
+def write_examples(pairs: Sequence[Pair], encoder: Encoder, max_length: int, folder: Path) -> None:
     """Pairs as tokens, without those of which a side is longer than `max_length`; whole or not at all.
 
     Raises DataError where none is left.
@@ -32,8 +39,8 @@ def write_examples(pairs: Sequence[Pair], tokenizer: Any, max_length: int, folde
     targets: list[np.ndarray] = []
     for first in range(0, len(pairs), CHUNK):
         chunk = pairs[first : first + CHUNK]
-        tokens = tokenizer([pair.source for pair in chunk]).input_ids
-        made = tokenizer(text_target=[pair.target for pair in chunk]).input_ids
+        tokens = encoder.encode([pair.source for pair in chunk])
+        made = encoder.encode_targets([pair.target for pair in chunk])
         for source, target in zip(tokens, made, strict=True):
             if max(len(source), len(target)) <= max_length:
                 sources.append(np.array(source, np.int32))
@@ -44,7 +51,6 @@ def write_examples(pairs: Sequence[Pair], tokenizer: Any, max_length: int, folde
         for name, rows in (("source", sources), ("target", targets)):
             np.save(temporary / f"{name}.npy", np.concatenate(rows))
             np.save(temporary / f"{name}_lengths.npy", np.array([len(row) for row in rows], np.int32))
-        (temporary / "count.json").write_text(json.dumps({"kept": len(sources), "of": len(pairs)}) + "\n", "utf-8")
 
 
 class Examples:

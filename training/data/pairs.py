@@ -5,18 +5,22 @@ the same id fall on the same side of the split; without one, those with the same
 """
 
 import random
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
+from serving.translation.scripts import script_of
 from training.data.records import DataError, Fields
 from training.data.sources import read, record_key
 from training.data.split import normalised, split, unseen
 
-MAX_RATIO = 3.0  # of the two sides' characters, SLACK added to each: beyond it one of them says something else
+# A side that is longer than so many times the other says something else: in characters, SLACK added to each, and the
+# corpus's own ratio taken out (German has three times the characters of Chinese).
+MAX_RATIO = 3.0
 SLACK = 15
 VAL_PAIRS = 256  # of the held-out ones, for the validations along the way; the rest is the test set
 
@@ -77,11 +81,12 @@ def clean(pairs: Iterable[Pair]) -> tuple[list[Pair], dict[str, int], str]:
     """Pairs that can teach, how many had to go for which reason, and the script of the sources."""
     pairs = list(pairs)
     scripts = tuple(_commonest(side) for side in ([p.source for p in pairs], [p.target for p in pairs]))
+    ratio = sum(len(p.target) for p in pairs) / max(1, sum(len(p.source) for p in pairs))
     counts: Counter[str] = Counter(dict.fromkeys(("empty", "identical", "length ratio", "wrong script", "repeated"), 0))
     seen: set[tuple[str, str]] = set()
     kept = []
     for pair in pairs:
-        why = _fault(pair, scripts) or ("repeated" if (pair.source, pair.target) in seen else "")
+        why = _fault(pair, scripts, ratio) or ("repeated" if (pair.source, pair.target) in seen else "")
         if why:
             counts[why] += 1
             continue
@@ -90,38 +95,33 @@ def clean(pairs: Iterable[Pair]) -> tuple[list[Pair], dict[str, int], str]:
     return kept, dict(counts), scripts[0]
 
 
-def _fault(pair: Pair, scripts: tuple[str, ...]) -> str:
-    """Why a pair cannot teach; empty where it can."""
+def _fault(pair: Pair, scripts: tuple[str, ...], ratio: float) -> str:
+    """Why a pair cannot teach; empty where it can. `ratio`: the corpus's target over its source characters."""
     if not pair.source or not pair.target:
         return "empty"
     if pair.source == pair.target:
         return "identical"
-    shorter, longer = sorted((len(pair.source) + SLACK, len(pair.target) + SLACK))
+    shorter, longer = sorted((ratio * len(pair.source) + SLACK, len(pair.target) + SLACK))
     if longer > MAX_RATIO * shorter:
         return "length ratio"
     if any(
-        script_of(text) not in (wanted, "") for text, wanted in zip((pair.source, pair.target), scripts, strict=True)
+        main_script(text) not in (wanted, "") for text, wanted in zip((pair.source, pair.target), scripts, strict=True)
     ):
         return "wrong script"
     return ""
 
 
-def script_of(text: str) -> str:
-    """What most of a text's letters are written in, as Unicode names it; empty where it has no letter."""
+def main_script(text: str) -> str:
+    """What most of a text's letters are written in; empty where it has no letter."""
     counts: Counter[str] = Counter()
     for character, count in Counter(text).items():
-        if script := _script(character):
+        if script := script_of(character):
             counts[script] += count
     return counts.most_common(1)[0][0] if counts else ""
 
 
-@cache
-def _script(character: str) -> str:
-    return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
-
-
 def _commonest(texts: Iterable[str]) -> str:
-    counts = Counter(filter(None, map(script_of, texts)))
+    counts = Counter(filter(None, map(main_script, texts)))
     return counts.most_common(1)[0][0] if counts else ""
 
 
@@ -147,9 +147,18 @@ def _both(fields: Fields, languages: tuple[str, str]) -> tuple[Any, Any]:
     by_language = fields.get("translation", fields)
     if not isinstance(by_language, dict):
         raise ValueError(f"translation: must be an object with a text for each language, not {by_language!r}")
-    if absent := next((language for language in languages if language not in by_language), None):
-        raise ValueError(f"translation.{absent}: is missing; there are {', '.join(map(str, by_language)) or 'none'}")
-    return by_language[languages[0]], by_language[languages[1]]
+    source, target = (_key(by_language, language) for language in languages)
+    return by_language[source], by_language[target]
+
+
+def _key(by_language: Fields, language: str) -> str:
+    """The key of a language, or of a narrower or wider one: de_DE for de, as catalogues have it."""
+    if language in by_language:
+        return language
+    near = [key for key in by_language if re.split("[-_]", key)[0].lower() == re.split("[-_]", language)[0].lower()]
+    if len(near) != 1:
+        raise ValueError(f"translation.{language}: is missing; there are {', '.join(by_language) or 'none'}")
+    return near[0]
 
 
 def _text(value: Any, name: str) -> str:
