@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+from services.config import ServerConfig
 from training.config import load_recipe
 from training.data.chats import read_chats
 from training.data.pairs import read_pairs
@@ -83,11 +85,17 @@ def test_every_file_sample_is_read(kind, tmp_path):
 
 def test_the_recipe_samples_are_valid(tmp_path):
     recipes = []
-    for number, sample in enumerate(blocks("yaml")):
+    for number, sample in enumerate(block for block in blocks("yaml") if "# server.yaml" not in block):
         path = tmp_path / f"{number}.yaml"
         path.write_text(sample, "utf-8")
         recipes.append(load_recipe(str(path)))
     assert recipes[0].rank.judge == "person" and recipes[1].translation.pairs == ["corpus/*.tsv"]
+
+
+def test_the_server_sample_is_valid():
+    (sample,) = (block for block in blocks("yaml") if "# server.yaml" in block)
+    config = ServerConfig.model_validate(yaml.safe_load(sample))
+    assert config.translation["de-en"].backend == "ct2" and config.chat["mine"].max_num_seqs == 32
 
 
 def test_the_python_sample_calls_what_the_client_has():
