@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 CHAT_RECIPE, TRANSLATION_RECIPE = "tiny", "translation-tiny"
 PRETRAINED = Path("models/SmolLM2-135M-Instruct")
 QUESTIONS = ("Hello! How are you today?", "What do you like to do in summer?")
-PHRASES = "grinsendes gesicht\nmüder mann dunkle hautfarbe\nfrau mit roten haaren helle hautfarbe"
+# Of its training; held out, of words that it knows; held out, of a word that it has never seen.
+PHRASES = "grinsendes gesicht\nhandballspieler dunkle hautfarbe\nschmetterling"
 OURS, THEIRS = "tiny", "smollm2"
 
 
@@ -93,7 +94,10 @@ def _serve_and_ask(models: dict[str, str], translators: dict[str, str], about: s
 
 def _translate(client: Client) -> None:
     """A few names of pictograms over gRPC, line by line."""
-    typer.echo("The translator has learnt the names of pictograms, German to English, and no other sentence.\n")
+    typer.echo(
+        "The translator has learnt the names of pictograms, German to English, and nothing else. The first of these\n"
+        "was among them; the second was held out, of words that it knows; the third is a word that it never saw.\n"
+    )
     stream = client.stream_translate(PHRASES, source="de", target="en")
     for german, english in zip(PHRASES.split("\n"), "".join(stream).split("\n"), strict=True):
         typer.echo(f"  {german:<40} {english}")
