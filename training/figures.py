@@ -42,7 +42,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Held-out bits per byte", "On text it never saw; lower is better.", ("val_bits_per_byte",)),
     ),
     "sft": (
-        Panel("Loss", "Nats per token of the assistant's turns.", ("loss", "eval_loss")),
+        Panel("Loss", "Nats per token of the assistant's turns.", ("loss", "val_loss")),
         Panel(
             "Next token right", "How often its first guess is the token that follows.", ("mean_token_accuracy",),
             percent=True,

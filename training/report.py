@@ -73,7 +73,8 @@ def figure(root: Path) -> Path:
     """Draws `report.png` into the run's folder: the curves that tell its story. Raises StageError as `write_report`."""
     story = read_story(root)
     metrics = {stage.name: stage.lines for stage in story.stages}
-    return figures.png(metrics, root / "report.png", f"{root.name}: {_size(story)}{', '.join(metrics)}")
+    stages = ", ".join(figures.NAMES[stage] for stage in metrics if stage in figures.NAMES)
+    return figures.png(metrics, root / "report.png", f"{root.name}: {_size(story)}{stages}")
 
 
 def read_story(root: Path) -> Story:
