@@ -28,8 +28,8 @@ _DEFAULT_KNOBS = ("temperature", "top_p", "top_k", "repetition_penalty")
 class ChatModel:
     """An engine with its tokenizer and its limits."""
 
-    def __init__(self, name: str, config: ChatModelConfig, device: str = "cpu") -> None:
-        """Loads the folder's weights. Raises ValueError where it cannot be served."""
+    def __init__(self, name: str, config: ChatModelConfig, device: str = "cpu", threads: int | None = None) -> None:
+        """Loads the folder's weights; `threads` are the engine's. Raises ValueError where it cannot be served."""
         self.name, self.config = name, config
         self.info = describe(config.folder)
         model, self.tokenizer = load_causal_lm(config.folder, _DTYPES[config.dtype])
@@ -40,6 +40,7 @@ class ChatModel:
             max_num_seqs=config.max_num_seqs,
             max_waiting=config.max_waiting,
             max_model_len=self.context_tokens,
+            threads=threads,
         )
         self.defaults = _defaults(config.folder)
         self._control_tokens = [t for t in self.tokenizer.all_special_tokens if t.strip()]

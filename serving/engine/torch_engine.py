@@ -54,10 +54,12 @@ class TorchEngine:
         max_num_seqs: int = 16,
         max_waiting: int = 256,
         max_model_len: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """`max_model_len` bounds prompt plus completion, in tokens; by default it is what the model was made for.
 
-        Raises ValueError for sizes out of range.
+        `threads` are torch's in the engine's own thread, by default what torch has there. Raises ValueError for sizes
+        out of range.
         """
         self.max_model_len = _limit(max_model_len, context_length(model.config))
         self.eos_ids = eos_ids(model, tokenizer)
@@ -71,6 +73,7 @@ class TorchEngine:
         self._stepping = threading.Lock()  # one step at a time
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
+        self._threads = threads
 
     @classmethod
     def from_folder(cls, path: str | Path, dtype: torch.dtype | None = None, **dials: Any) -> "TorchEngine":
@@ -200,6 +203,8 @@ class TorchEngine:
                 self._thread.start()
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
