@@ -308,3 +308,14 @@ def test_lora_adapters_of_a_live_policy_are_merged(tiny_world: TinyWorld, family
     completions = TorchEngine(policy, tokenizer).generate_all(prompts(4), GREEDY)
     merged = policy.merge_and_unload()
     assert [list(c.token_ids) for c in completions] == [reference(merged, p, 24) for p in prompts(4)]
+
+
+async def test_the_engines_thread_has_the_threads_that_it_is_given(tiny_world) -> None:
+    engine = TorchEngine(*load_causal_lm(tiny_world.llama), threads=torch.get_num_threads() + 1)
+    seen, logits = [], engine._decoder.logits
+    engine._decoder.logits = lambda step: (seen.append(torch.get_num_threads()), logits(step))[1]
+    before = torch.get_num_threads()
+    async for _ in engine.generate([5, 6], SamplingParams(max_new_tokens=2), "x"):
+        pass
+    engine.close()
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
