@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-import torch
-
 from chatforge.v1.chat_pb2 import ChatRequest, ChatResponse, StreamChatRequest, StreamChatResponse
 from chatforge.v1.models_pb2 import Model
 from services import convert
@@ -19,6 +17,7 @@ from services.config import ChatModelConfig
 from services.errors import answers
 from services.metrics import ChatMetrics, RequestTimes
 from services.stream import coalesced
+from services.threads import give_away_the_pool
 from serving.engine.api import Chunk
 
 
@@ -27,10 +26,7 @@ class ChatService:
 
     def __init__(self, models: dict[str, ChatModelConfig], device: str = "cpu") -> None:
         """Loads every model. Raises ValueError where a folder cannot be served."""
-        threads = torch.get_num_threads()
-        # OpenMP keeps a pool for every thread that computes, and once its threads are more than the cores they sleep at
-        # every barrier: a third of the speed. So this thread loads the models alone, and the engine's has the pool.
-        torch.set_num_threads(1)
+        threads = give_away_the_pool()
         self._models = {name: ChatModel(name, config, device, threads) for name, config in models.items()}
         self._metrics = {name: ChatMetrics(name) for name in models}
         self._open_streams = 0

@@ -24,6 +24,7 @@ from services.choice import choose_translator
 from services.config import TranslationModelConfig
 from services.errors import answers
 from services.metrics import TranslationMetrics
+from services.threads import give_away_the_pool
 from services.translation_model import TranslationModel
 from serving.translation.api import Piece
 
@@ -33,7 +34,8 @@ class TranslationService:
 
     def __init__(self, models: dict[str, TranslationModelConfig], device: str = "cpu") -> None:
         """Loads every model. Raises ValueError where a folder cannot be served."""
-        self._models = {name: TranslationModel(name, config, device) for name, config in models.items()}
+        threads = give_away_the_pool()
+        self._models = {name: TranslationModel(name, config, device, threads) for name, config in models.items()}
         self._pairs = {name: model.languages for name, model in self._models.items()}
         self._metrics = {name: TranslationMetrics(name) for name in models}
 

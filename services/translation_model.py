@@ -20,8 +20,10 @@ _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 class TranslationModel:
     """A translator with its limits."""
 
-    def __init__(self, name: str, config: TranslationModelConfig, device: str = "cpu") -> None:
-        """Loads the folder's weights. Raises ValueError where it cannot be served."""
+    def __init__(
+        self, name: str, config: TranslationModelConfig, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        """Loads the folder's weights; `threads` are the translator's. Raises ValueError where it cannot be served."""
         self.name, self.config = name, config
         self.info = describe(config.folder)
         self.translator = Translator(
@@ -31,6 +33,7 @@ class TranslationModel:
             backend=config.backend,
             dtype=_DTYPES[config.dtype],
             device=device,
+            threads=threads,
             max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
         )

@@ -319,3 +319,4 @@ async def test_the_engines_thread_has_the_threads_that_it_is_given(tiny_world) -
         pass
     engine.close()
     assert set(seen) == {before + 1} and torch.get_num_threads() == before
+    torch.set_num_threads(before)  # which threads that come later begin with

@@ -341,3 +341,14 @@ def test_nothing_is_written_into_a_model_folder(folder: Path) -> None:
     translator.translate_all(TEXTS, BEAMS)
     translator.close()
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_the_translators_thread_has_the_threads_that_it_is_given(folder: Path) -> None:
+    translator = Translator(folder, threads=torch.get_num_threads() + 1)
+    seen, decode = [], translator._decoder.decode
+    translator._decoder.decode = lambda *given: (seen.append(torch.get_num_threads()), decode(*given))[1]
+    before = torch.get_num_threads()
+    translator.translate_all(["Der Hund."], GREEDY)
+    translator.close()
+    assert seen == [before + 1] and torch.get_num_threads() == before
+    torch.set_num_threads(before)  # which threads that come later begin with

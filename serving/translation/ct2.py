@@ -27,10 +27,15 @@ _TOGETHER = 16  # sentences per call, which is how long a cancelled one still ru
 
 
 class Ct2Decoder:
-    """CTranslate2 on the CPU, with as many threads as torch has."""
+    """CTranslate2 on the CPU."""
 
-    def __init__(self, model: Any, first: int | None = None, compute_type: str = "int8") -> None:
-        """`first` as TorchDecoder's. Raises ValueError where the package is missing or cannot take this model."""
+    def __init__(
+        self, model: Any, first: int | None = None, compute_type: str = "int8", threads: int | None = None
+    ) -> None:
+        """`first` as TorchDecoder's; `threads` by default as many as torch has.
+
+        Raises ValueError where the package is missing or cannot take this model.
+        """
         ctranslate2 = _package()
         self._rules = rules_of(model, first)
         self._limit = context_length(model.config)
@@ -38,7 +43,7 @@ class Ct2Decoder:
         with tempfile.TemporaryDirectory() as folder:
             _convert(model, self._rules, Path(folder), compute_type)
             self._translator = ctranslate2.Translator(
-                folder, device="cpu", compute_type=compute_type, intra_threads=torch.get_num_threads()
+                folder, device="cpu", compute_type=compute_type, intra_threads=threads or torch.get_num_threads()
             )
 
     def decode(

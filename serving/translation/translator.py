@@ -11,6 +11,7 @@ import torch
 
 from serving.engine.api import EngineClosed, FinishReason, QueueFull
 from serving.model_folder import context_length, describe, load_translation
+from serving.news import News
 from serving.translation import segments
 from serving.translation.api import (
     MAX_NUM_BEAMS,
@@ -48,13 +49,15 @@ class Translator:
         backend: Literal["torch", "ct2"] = "torch",
         dtype: torch.dtype | None = None,
         device: str = "cpu",
+        threads: int | None = None,
         max_batch_tokens: int = 4096,
         max_waiting: int = 4096,
     ) -> None:
         """Languages are BCP-47 codes, by default those that the folder names.
 
-        `max_batch_tokens` bounds a batch's padded source tokens times beams, `max_waiting` the sentences that wait
-        (of more than one request). Raises ValueError where the folder cannot be served, and for sizes below one.
+        `threads` are those of the thread that translates, by default what torch has there. `max_batch_tokens` bounds a
+        batch's padded source tokens times beams, `max_waiting` the sentences that wait (of more than one request).
+        Raises ValueError where the folder cannot be served, and for sizes below one.
         """
         for name, value in {"max_batch_tokens": max_batch_tokens, "max_waiting": max_waiting}.items():
             if value < 1:
@@ -68,7 +71,8 @@ class Translator:
         self.max_source_tokens = min(limit, tokenizer.model_max_length)  # of one sentence; longer ones are cut
         self._script = manifest.get("source_script")
         self._codec = Codec(tokenizer, self.source_language, self.target_language)
-        self._decoder = _decoder(backend, model, device, self._codec.first_token)
+        self._threads = threads
+        self._decoder = _decoder(backend, model, device, self._codec.first_token, threads)
         self._max_batch_tokens, self._max_waiting = max_batch_tokens, max_waiting
         self._waiting: list[Waiting] = []  # oldest first
         self._running: list[Waiting] = []
@@ -84,7 +88,7 @@ class Translator:
         Raises QueueFull where more sentences would wait than may, EngineClosed after drain().
         """
         prepared, call = await asyncio.to_thread(self._prepare, texts, params)
-        news = _News()
+        news = News()
         try:
             self._submit(call, news.tell, bounded=True)
             while not call.done:
@@ -96,7 +100,7 @@ class Translator:
     async def stream(self, text: str, params: TranslationParams) -> AsyncIterator[Piece]:
         """The text's pieces in order, each as soon as it and those before it are ready. Raises as `translate` does."""
         (prepared,), call = await asyncio.to_thread(self._prepare, [text], params)
-        news = _News()
+        news = News()
         try:
             self._submit(call, news.tell, bounded=True)
             for i, sentence in enumerate(prepared.sentences):
@@ -185,6 +189,8 @@ class Translator:
             self._waiting = [w for w in self._waiting if w.call is not call]
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
@@ -236,22 +242,6 @@ class Translator:
             tell()
 
 
-class _News:
-    """Tells one asyncio task, from any thread, that something came."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._came = asyncio.Event()
-
-    def tell(self) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._came.set)
-
-    async def wait(self) -> None:
-        await self._came.wait()
-        self._came.clear()
-
-
 def _outputs(call: Call, sentence: str) -> list[tuple[str, Output]]:
     """A sentence's hypotheses; raises what the call failed with."""
     if call.error is not None and sentence not in call.outputs:
@@ -278,11 +268,11 @@ def _hypothesis(prepared: Segments, chosen: Sequence[tuple[str, Output]]) -> Hyp
     return Hypothesis(prepared.join([text for text, _ in chosen]), sum((o.score for _, o in chosen), 0.0), reason)
 
 
-def _decoder(backend: str, model: Any, device: str, first: int | None) -> Decoder:
+def _decoder(backend: str, model: Any, device: str, first: int | None, threads: int | None) -> Decoder:
     if backend == "torch":
         return TorchDecoder(model.to(device), first)
     if backend == "ct2":
-        return Ct2Decoder(model, first)
+        return Ct2Decoder(model, first, threads=threads)
     raise ValueError(f"backend={backend!r} must be torch or ct2")
 
 
