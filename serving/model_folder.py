@@ -28,7 +28,7 @@ class ModelInfo:
 def describe(path: str | Path) -> ModelInfo:
     """Kind, revision and limits of a model folder or hub name. Raises ValueError where it is none."""
     folder = Path(path)
-    manifest = _read_json(folder / "chatforge.json")
+    manifest = read_json(folder / "chatforge.json")
     if (folder / "model_index.json").is_file():
         return ModelInfo(manifest.get("kind", "text-to-image"), _revision(folder), None, manifest)
     config = _config(path, allow_unsafe=False)
@@ -60,11 +60,11 @@ def load_translation(
 def _load(path: str | Path, auto: Any, wanted: str, dtype: torch.dtype | None, allow_unsafe: bool) -> tuple[Any, Any]:
     """The model by `auto`, one of transformers' AutoModel classes, where the folder's kind is the wanted one."""
     folder = Path(path)
-    kind = _read_json(folder / "chatforge.json").get("kind", wanted)
+    kind = read_json(folder / "chatforge.json").get("kind", wanted)
     if kind != wanted:
         raise ValueError(f"{path}: holds a {kind} model; a {wanted} is needed here")
     if folder.is_dir() and not allow_unsafe:
-        _refuse_pickle(folder)
+        refuse_pickle(folder)
     config = _config(path, allow_unsafe)
     if wanted == "translation" and not config.is_encoder_decoder:
         raise ValueError(f"{path}: {config.model_type} is no encoder-decoder; a translation model is needed here")
@@ -104,7 +104,7 @@ def _config(path: str | Path, allow_unsafe: bool) -> Any:
     folder = Path(path)
     if folder.is_absolute() and not folder.is_dir():
         raise ValueError(f"{path}: no such model folder")
-    needs_code = [f for f in ("config.json", "tokenizer_config.json") if "auto_map" in _read_json(folder / f)]
+    needs_code = [f for f in ("config.json", "tokenizer_config.json") if "auto_map" in read_json(folder / f)]
     if needs_code and not allow_unsafe:
         raise ValueError(
             f"{path}: {needs_code[0]} asks for remote code (auto_map), which would run with your rights; "
@@ -116,7 +116,8 @@ def _config(path: str | Path, allow_unsafe: bool) -> Any:
         raise ValueError(f"{path}: neither a model folder nor a hub name that can be loaded: {error}") from error
 
 
-def _refuse_pickle(folder: Path) -> None:
+def refuse_pickle(folder: Path, weights: str = "model.safetensors") -> None:
+    """Raises ValueError where a folder has no safetensors, `weights` being what they are usually called."""
     if any(folder.glob("*.safetensors")):
         return
     pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
@@ -125,7 +126,7 @@ def _refuse_pickle(folder: Path) -> None:
             f"{folder}: has only pickled weights ({pickled[0]}), which can run any code when loaded; convert them to "
             "safetensors or, if you trust their author, pass allow_unsafe=True"
         )
-    raise ValueError(f"{folder}: has no model.safetensors")
+    raise ValueError(f"{folder}: has no {weights}")
 
 
 def _kind_of(config: Any) -> str:
@@ -148,7 +149,8 @@ def _revision(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _read_json(file: Path) -> Json:
+def read_json(file: Path) -> Json:
+    """The file's object, empty where there is no such file. Raises ValueError where it holds none."""
     if not file.is_file():
         return {}
     try:
