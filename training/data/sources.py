@@ -2,12 +2,14 @@
 
     corpus/*.txt  chats.jsonl  data/**/*.parquet  pages.jsonl.gz     files and globs
     pairs.tsv  locale/*.po  news.{de,en}                             sentence pairs: columns, catalogues, twin files
+    pictures/  pictures/metadata.jsonl  shard-*.tar  pictures.npz    captioned pictures (captions.py)
     hub:owner/name[/subset][:split]                                  a data set of the Hugging Face hub; split: train
     sample:chitchat                                                  demo data out of an installed package (samples.py)
 
 Imports nothing heavy, so that a pipeline can check and fingerprint its sources before anything starts.
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -19,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from training.data import archives
 from training.data.records import DataError, Fields
 
 Parsed = TypeVar("Parsed")
+
+METADATA = "metadata.jsonl"  # in a folder of pictures: a line for each, with its file_name and caption
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,18 @@ def read(sources: Sequence[str], parse: Callable[[Fields], Iterable[Parsed]]) ->
     `parse` returns what one record holds (nothing, one or many) and raises ValueError where the record is wrong. All
     records are looked at; then one DataError points to the first bad one and counts the rest.
     """
+    yield from read_placed(sources, lambda _, fields: parse(fields))
+
+
+def read_placed(sources: Sequence[str], parse: Callable[[str, Fields], Iterable[Parsed]]) -> Iterator[Parsed]:
+    """As `read`, and `parse` is also told where the record stands: FILE:LINE, TAR:MEMBER, hub:OWNER/NAME:ROW."""
     first, bad = "", 0
     for source in resolve(sources):
         empty = True
         for where, row in _rows(source):
             empty = False
             try:
-                parsed = list(parse(_fields(row)))
+                parsed = list(parse(where, _fields(row)))
             except ValueError as error:
                 first = first or f"{where}: {error}"
                 bad += 1
@@ -110,7 +120,10 @@ def _twin_files(name: str, braces: re.Match[str]) -> tuple[Path, ...]:
 def _matching_files(pattern: str) -> tuple[Path, ...]:
     expanded = Path(pattern).expanduser()
     if expanded.is_dir():
-        raise DataError(f"{pattern}: is a folder; name its files, as in {pattern.rstrip('/')}/*.jsonl")
+        if (expanded / METADATA).is_file():
+            return (expanded / METADATA,)
+        files = f"name its files, as in {pattern.rstrip('/')}/*.jsonl"
+        raise DataError(f"{pattern}: is a folder; {files} (a folder of pictures holds a {METADATA})")
     literal = [str(expanded)] if expanded.is_file() else glob.glob(str(expanded), recursive=True)
     paths = tuple(sorted(path for path in map(Path, literal) if path.is_file()))
     if not paths:
@@ -142,10 +155,22 @@ def _content_id(source: Source) -> str:
     if source.kind == "hub":
         return _hub_revision(source.name)
     whole = hashlib.sha256()
-    for path in source.paths:
+    for path in itertools.chain.from_iterable(map(_with_pictures, source.paths)):
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{whole.hexdigest()}"
+
+
+def _with_pictures(path: Path) -> Iterator[Path]:
+    """A file, and the files that its records are read from beside it: what is there of them."""
+    yield path
+    if path.suffix == ".npz":
+        yield from filter(Path.is_file, [archives.beside(path)])
+    elif path.name == METADATA:
+        for _, line in _json_rows(path):
+            with contextlib.suppress(ValueError):  # reading it will point to it
+                name = _fields(line).get("file_name")
+                yield from filter(Path.is_file, [path.parent / name] if isinstance(name, str) else [])
 
 
 def _hub_revision(name: str) -> str:
@@ -262,27 +287,14 @@ def _twin_rows(source: Source) -> Iterator[tuple[str, Fields]]:
         yield f"{source.paths[0]}:{number}", {"translation": dict(zip(names, (first[1], second[1]), strict=True))}
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Fields]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {error}") from None
-
-
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, bytes | Fields]]]] = {
     ".txt": _text_rows,
     ".jsonl": _json_rows,
-    ".parquet": _parquet_rows,
+    ".parquet": archives.parquet_rows,
     ".tsv": _tsv_rows,
     ".po": _po_rows,
+    ".tar": archives.tar_rows,
+    ".npz": archives.npz_rows,
 }
 
 
@@ -294,4 +306,4 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Fields]]:
         rows = datasets.load_dataset(repository, subset, split=split)
     except Exception as error:  # of its HTTP client, of any file format
         raise DataError(f"{name}: cannot be loaded from the hub: {error}") from error
-    yield from ((f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    yield from archives.hub_rows(rows, name)

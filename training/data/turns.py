@@ -1,0 +1,50 @@
+"""Which pictures make which batch: a pure function of the seed and the step."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+class Turns:
+    """Batches of equal size, each of one kind (pictures of one shape); every epoch in an order of its own."""
+
+    def __init__(self, kinds: Sequence[Hashable], batch_size: int, seed: int) -> None:
+        """`kinds` has that of each picture."""
+        members = defaultdict(list)
+        for index, kind in enumerate(kinds):
+            members[kind].append(index)
+        self._members = [np.array(indices) for indices in members.values()]
+        self._batch_size, self._seed = batch_size, seed
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return sum(-(-len(indices) // self._batch_size) for indices in self._members)
+
+    def at(self, step: int) -> np.ndarray:
+        """The pictures [batch_size] of an optimiser step; a last batch is filled up with others of its kind."""
+        epoch, number = divmod(step, len(self))
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._shuffled(epoch)
+        return self._epoch[1][number]
+
+    def _shuffled(self, epoch: int) -> list[np.ndarray]:
+        random = np.random.default_rng((self._seed, epoch))
+        batches: list[np.ndarray] = []
+        for indices in self._members:
+            lacking = -len(indices) % self._batch_size
+            order = np.concatenate([random.permutation(indices), random.choice(indices, lacking)])
+            batches += np.split(order, len(order) // self._batch_size)
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+def mine(batch: np.ndarray, rank: int, workers: int, passes: int) -> list[np.ndarray]:
+    """A worker's part of a batch, a row each pass: positions in the batch, so that its random numbers are its own."""
+    assert len(batch) % (workers * passes) == 0
+    return list(np.arange(len(batch)).reshape(passes, workers, -1)[:, rank])
+
+
+def chance(seed: int, step: int, position: int) -> int:
+    """A seed for the random numbers of one picture in one step, whichever worker it falls to."""
+    return int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0] >> 1)
