@@ -22,6 +22,8 @@ ALLOWED = {
     "training/rank.py": {"serving"},
     "training/evaluate.py": {"serving"},
     "training/translation.py": {"serving"},
+    "training/image.py": {"serving"},
+    "training/image_parts.py": {"serving"},
     "training/data/pairs.py": {"serving"},
 }
 MEASURES = ("training/ppo", "training/measure", "training/exam")  # stages split along their seams

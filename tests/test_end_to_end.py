@@ -1,5 +1,6 @@
 """The whole recipe through Ray, as a user runs it; then again, with its processes killed in every stage."""
 
+import json
 import os
 import re
 import signal
@@ -8,23 +9,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
 
 from training.run import Run
 
-STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "translation", "evaluate")
-TRAINED = ("pretrain", "sft", "reward", "ppo", "translation")
+TRAINED = ("pretrain", "sft", "reward", "ppo", "translation", "image_vae", "image")
+STAGES = ("tokenizer", "rank", "evaluate", *TRAINED)
 WAIT = 240  # seconds for one thing to happen, on a busy machine
 
 
-def nano(world, pairs):
+def nano(world, pairs, pictures):
     """Every stage, as small as it goes, with a checkpoint every few steps."""
     shared = {"batch_size": 8, "micro_batch_size": 8, "checkpoint_every": 4, "dtype": "fp32"}
     size = {"num_layers": 2, "num_heads": 2, "hidden_size": 32}
     small = {**size, "seq_len": 128}
     tokens = {"batch_tokens": 256, "micro_batch_tokens": 256, "max_length": 32, "vocab_size": 340}
+    drawn = {"images": [str(pictures)], "resolution": 16, "steps": 40, "sample_every": 20, **shared}
+    net = {"attention_levels": [1], "num_heads": 2, "text_layers": 1, "text_hidden_size": 16, "num_inference_steps": 2}
     return {
         "name": "nano",
         "seed": 5,
@@ -36,7 +40,9 @@ def nano(world, pairs):
         "reward": {"rankings": [str(world.rankings)], "num_train_epochs": 10, "learning_rate": 3e-3, **shared},
         "ppo": {"prompts": [str(world.prompts)], "total_episodes": 160, "response_length": 16, **shared},
         "translation": {"pairs": [str(pairs)], "steps": 60, "eval_every": 6, "checkpoint_every": 4, **size, **tokens},
-        "evaluate": {"num_prompts": 8, "max_new_tokens": 16},
+        "image_vae": {"channels": [8, 16], "latent_channels": 2, "perceptual_weight": 0.0, **drawn},
+        "image": {"channels": [16, 32], "max_caption_tokens": 8, **net, **drawn},
+        "evaluate": {"num_prompts": 8, "max_new_tokens": 16, "num_drawings": 4},
     }
 
 
@@ -45,7 +51,12 @@ def folder(tmp_path_factory, tiny_world):
     folder = tmp_path_factory.mktemp("end_to_end")
     pairs = folder / "pairs.tsv"
     pairs.write_text("".join(f"{a} und {b}\t{a} and {b}\n" for a in range(20) for b in range(20)), "utf-8")
-    (folder / "nano.yaml").write_text(yaml.safe_dump(nano(tiny_world, pairs)), "utf-8")
+    colours = np.random.default_rng(0).integers(0, 256, (24, 1, 1, 3), np.uint8)
+    np.savez(folder / "pictures.npz", images=np.broadcast_to(colours, (24, 16, 16, 3)))
+    captions = [{"caption": "{} {} {}".format(*colour.flatten())} for colour in colours]
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in captions), "utf-8")
+    recipe = nano(tiny_world, pairs, folder / "pictures.npz")
+    (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     return folder
 
 
@@ -69,7 +80,7 @@ def test_every_stage_leaves_a_manifest_and_metrics(undisturbed):
     for stage in STAGES:
         assert (undisturbed / stage / "manifest.json").exists()
     for stage in TRAINED:
-        assert (undisturbed / stage / "model" / "model.safetensors").exists()
+        assert list((undisturbed / stage / "model").rglob("*model.safetensors"))
         assert not (undisturbed / stage / "checkpoints").exists()
 
 
@@ -142,7 +153,9 @@ PLAN = [
     ("sft", ["driver"]),
     ("reward", ["ray"]),
     ("ppo", ["worker", "driver"]),
-    ("translation", ["worker"]),
+    ("translation", []),
+    ("image_vae", []),
+    ("image", ["worker"]),
 ]
 REST = [(stage, [kind for kind in KILLS if kind not in dict(PLAN)[stage]]) for stage in TRAINED]
 

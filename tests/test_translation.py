@@ -2,23 +2,20 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from workers import two_workers
 
 from training import translation, translation_validation, zero
 from training.config import ConfigError, TranslationConfig
 from training.data.examples import Example
 from training.run import Run, StageError
+from training.subwords import train_subwords
 
-ROOT = Path(__file__).parents[1]
 NUMBERS = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = {"num_layers": 1, "num_heads": 2, "hidden_size": 32, "vocab_size": 340, "max_length": 24, "dropout": 0.0}
@@ -147,35 +144,10 @@ def test_a_batch_smaller_than_its_passes_is_learnt_from_once(make_run):
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-4)
 
 
-WORKER = """
-import sys
-from pathlib import Path
-from training import translation
-from training.config import TranslationConfig
-from training.run import Run, StageError
-run = Run(Path(sys.argv[1]), "translation", seed=3, val_fraction=0.05, workers=2)
-run.folder.mkdir(parents=True, exist_ok=True)
-translation.run(TranslationConfig.model_validate_json(sys.argv[2]), run)
-"""
-
-
-def two_workers(config, root):
-    """The exit codes and last words of two workers that train together."""
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(zero._free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
-    command = [sys.executable, "-c", WORKER, str(root), config.model_dump_json()]
-    workers = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    told = [worker.communicate(timeout=240)[1] for worker in workers]
-    return [worker.returncode for worker in workers], [words[-2000:] for words in told]
-
-
 def test_two_workers_give_the_losses_of_one(make_run, tmp_path):
     config, alone = make_run("alone")
     translation.run(config, alone)
-    codes, told = two_workers(config, tmp_path / "both")
+    codes, told = two_workers("translation", config, tmp_path / "both")
     assert codes == [0, 0], told
     both = Run(tmp_path / "both", "translation")
     assert losses(both) == pytest.approx(losses(alone), abs=1e-4)
@@ -186,7 +158,7 @@ def test_data_that_is_wrong_ends_every_worker_with_its_message(make_run, tmp_pat
     """Rank 0 alone reads it; the other must not wait for it."""
     (tmp_path / "bad.tsv").write_text("Ja\tYes\n1\t2\t3\n", "utf-8")
     config, _ = make_run("unused", pairs=[str(tmp_path / "bad.tsv")])
-    codes, told = two_workers(config, tmp_path / "both")
+    codes, told = two_workers("translation", config, tmp_path / "both")
     assert codes == [1, 1] and all("bad.tsv:2: has 3 columns" in words for words in told)
 
 
@@ -272,7 +244,7 @@ def test_collate_pads_on_the_right():
 
 
 def test_the_tokenizer_gives_every_text_back_and_one_token_to_a_word_wherever_it_stands():
-    tokenizer = translation.train_tokenizer(["eins zwei drei zwei"] * 50, 300, 24)
+    tokenizer = train_subwords(["eins zwei drei zwei"] * 50, 300, 24)
     for text in ("zwei eins", "Ünïcode 🙂 \t x", "123"):
         ids = tokenizer(text).input_ids
         assert ids[-1] == tokenizer.eos_token_id

@@ -19,6 +19,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
 Sources = Annotated[list[str], Field(min_length=1)]
+PIXELS = "pixels"  # an autoencoder's name where there is none
+
 Language = Annotated[str, Field(pattern="^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]
 
 
@@ -289,6 +291,90 @@ class TranslationConfig(OptimizerConfig):
         return self
 
 
+class PicturesConfig(TrainingConfig):
+    """What the stages that learn from captioned pictures share; `batch_size` counts pictures.
+
+    Both read the same pictures at the same resolution, so that what one encodes is what the other has learnt.
+    """
+
+    images: Sources
+    resolution: Positive = 64  # pixels: the root of a picture's area; its sides follow from its aspect
+    steps: Positive
+    schedule: Literal["constant", "cosine"] = "cosine"
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999  # of the weights that are exported
+    sample_every: Positive = 500  # optimiser steps; a sheet of pictures and the held-out loss
+
+    # Neither changes what is learnt.
+    runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"micro_batch_size", "sample_every"}
+
+
+class ImageVaeConfig(PicturesConfig):
+    """A KL-regularised autoencoder (Rombach et al. 2022, section 3.1 and appendix G)."""
+
+    channels: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 64]  # a level each; each but the last halves
+    layers_per_block: Positive = 1
+    latent_channels: Positive = 4
+    kl_weight: Annotated[float, Field(ge=0.0)] = 1e-6
+    perceptual_weight: Annotated[float, Field(ge=0.0)] = 0.1  # of a difference of pretrained features
+    learning_rate: Rate = 5e-4
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a latent."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class ImageConfig(PicturesConfig):
+    """A denoiser of latents that is told what to draw, or the fine-tuning of a pipeline folder."""
+
+    model: str | None = None  # a diffusers pipeline folder to start from; default: a fresh denoiser
+    vae: str | None = None  # a folder, or `pixels` for none; default: the image_vae stage's
+    text_encoder: str | None = (
+        None  # a pretrained one, frozen (folder or hub name); default: a small one, trained along
+    )
+    text_layers: Positive = 2  # of the one that is trained along
+    text_hidden_size: Positive = 128
+    max_caption_tokens: Annotated[int, Field(ge=4, le=512)] = 32  # longer captions are cut
+    denoiser: Literal["unet", "dit"] = "unet"
+    channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 192]  # unet: a level each
+    layers_per_block: Positive = 1  # unet
+    attention_levels: list[Annotated[int, Field(ge=0)]] = [2]  # unet: which levels look at the caption
+    num_layers: Positive = 6  # dit
+    hidden_size: Positive = 256  # dit
+    patch_size: Positive = 2  # dit: latents along one side of a token
+    num_heads: Positive = 4
+    prediction: Literal["flow", "epsilon", "v_prediction"] = "flow"
+    min_snr_gamma: Rate | None = 5.0  # epsilon and v_prediction (Hang et al. 2023); flow weighs by its times
+    caption_dropout: Fraction = 0.1  # captions that are left out, for classifier-free guidance
+    lora: LoraConfig | None = None
+    learning_rate: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30  # the service's default, and the sheets'
+    guidance_scale: Annotated[float, Field(ge=1.0, le=100.0)] = 3.0
+    prompts: list[str] = []  # of the sheets; default: some of the captions, trained and held out
+
+    runtime: ClassVar[frozenset[str]] = PicturesConfig.runtime | {"prompts"}
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> Self:
+        if self.denoiser == "dit" and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
+        if self.denoiser == "unet" and (wrong := [c for c in self.channels if c % self.num_heads]):
+            raise ValueError(f"channels={self.channels}: {wrong[0]} is not divisible by num_heads={self.num_heads}")
+        if beyond := [level for level in self.attention_levels if level >= len(self.channels)]:
+            raise ValueError(
+                f"attention_levels={self.attention_levels}: there is no level {beyond[0]}; channels has "
+                f"{len(self.channels)}, counted from 0"
+            )
+        if self.text_hidden_size % self.num_heads:
+            raise ValueError(f"text_hidden_size={self.text_hidden_size} is not divisible by num_heads={self.num_heads}")
+        if self.lora and not self.model:
+            raise ValueError("lora adapts a model that is there: name one in model")
+        if self.model and (self.vae or self.text_encoder):
+            raise ValueError("model brings its own vae and text_encoder: name none beside it")
+        return self
+
+
 class EvaluateConfig(StageConfig):
     """What each stage's model is worth on held-out data."""
 
@@ -296,6 +382,7 @@ class EvaluateConfig(StageConfig):
     max_new_tokens: Positive = 32
     judge: Literal["vader"] | None = "vader"  # the gold score; none where there is no named judge
     num_pairs: Positive = 2000  # held-out sentence pairs of each source that are translated
+    num_drawings: Positive = 64  # captions that are drawn, held-out ones among them
     prompts: list[str] = ["Hello!", "How are you today?", "What do you like to do?", "Tell me about your family."]
 
 
@@ -314,6 +401,8 @@ class Recipe(StageConfig):
     reward: RewardConfig | None = None
     ppo: PPOConfig | None = None
     translation: TranslationConfig | None = None
+    image_vae: ImageVaeConfig | None = None
+    image: ImageConfig | None = None
     evaluate: EvaluateConfig | None = None
 
     @property
@@ -323,7 +412,7 @@ class Recipe(StageConfig):
         return {name: config for name, config in fields if config is not None}
 
 
-STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "translation", "evaluate")
+STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "translation", "image_vae", "image", "evaluate")
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:

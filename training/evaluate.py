@@ -6,6 +6,7 @@
     ppo against sft  the paired difference of the gold score, at which KL(PPO ‖ SFT)
     fixed prompts    each stage's greedy answer side by side; pretrain, which knows no chats, continues plain text
     translation      BLEU and chrF on the pairs that its stage held out (measure_translation.py)
+    image            captions drawn, trained and held out, beside the nearest pictures (measure_image.py)
 
 Nothing here stops a run: `warnings` in evaluation.json says in plain words what did not turn out well. Leaves out:
 benchmarks of knowledge (models of this size hold none), a judge that is itself a language model.
@@ -44,13 +45,17 @@ def run(config: EvaluateConfig, run: Run) -> None:
     recipe = Recipe.model_validate_json((run.root / "run.json").read_text("utf-8"))
     exam = Exam(config, run, recipe)
     models = {stage: folder for stage in LANGUAGE_MODELS if (folder := exam.folder(stage))}
-    if not models and not exam.folder("reward") and not exam.folder("translation"):
+    if not models and not any(exam.folder(stage) for stage in ("reward", "translation", "image")):
         raise StageError(f"evaluate: run {run.root.name!r} has no model to measure: it needs a stage that trains one")
     result = {"settings": settings(exam), **measure_models(exam, models)}
     if recipe.reward and exam.folder("reward"):
         result["reward"] = measure_reward(exam, recipe.reward)
     if recipe.translation and (folder := exam.folder("translation")):
         result["translation"] = measure_translation(folder, recipe.translation, run, config.num_pairs)
+    if recipe.image and (folder := exam.folder("image")):
+        from training.measure_image import measure_image  # diffusers takes seconds to import
+
+        result["image"] = measure_image(folder, recipe.image, run, config.num_drawings)
     result["warnings"] = warnings(result)
     write_atomic(run.folder / "evaluation.json", json.dumps(finite(result), indent=2) + "\n")
     run.rewind(0)

@@ -64,12 +64,27 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Loss", "Nats per target token; in training with label smoothing.", ("loss", "val_loss")),
         Panel("Held-out chrF", "Of greedy translations; the bend upwards is where the languages align.", ("val_chrf",)),
     ),
+    "image_vae": (
+        Panel("Reconstruction", "Mean |x − x̂| of pixels in −1..1.", ("reconstruction", "val_loss")),
+        Panel("KL", "Nats per picture: what the latents tell.", ("kl",)),
+    ),
+    "image": (
+        Panel("Loss", "Mean square of what is predicted; held out at the same times and noises.", ("loss", "val_loss")),
+    ),
 }  # fmt: skip
 SUMMARY = (
     *(("pretrain", 0), ("pretrain", 1), ("sft", 0), ("reward", 1), ("ppo", 0), ("ppo", 1)),
-    *(("translation", 0), ("translation", 1)),
+    *(("translation", 0), ("translation", 1), ("image_vae", 0), ("image", 0)),
 )
-NAMES = {"pretrain": "Pretrain", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "translation": "Translation"}
+NAMES = {
+    "pretrain": "Pretrain",
+    "sft": "SFT",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "translation": "Translation",
+    "image_vae": "Image autoencoder",
+    "image": "Image",
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.config import (
+    PIXELS,
     ConfigError,
+    ImageConfig,
+    ImageVaeConfig,
     PPOConfig,
     PretrainConfig,
     RankConfig,
@@ -33,8 +36,9 @@ from training.data.sources import fingerprint
 from training.run import Run, StageError, write_atomic
 
 RUNS = Path("runs")
-GRADIENT_STAGES = frozenset({"pretrain", "sft", "reward", "ppo", "translation"})  # the others take one worker
-LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "tokenizers")
+# The others take one worker.
+GRADIENT_STAGES = frozenset({"pretrain", "sft", "reward", "ppo", "translation", "image_vae", "image"})
+LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "tokenizers", "diffusers")
 
 # What each stage reads of the stages before it, where its config does not name another model.
 PARENTS: dict[str, dict[str, str | None]] = {
@@ -45,10 +49,12 @@ PARENTS: dict[str, dict[str, str | None]] = {
     "reward": {"sft": "model", "rank": "rankings"},
     "ppo": {"sft": "model", "reward": "reward_model"},
     "translation": {},
-    "evaluate": {"pretrain": None, "sft": None, "reward": None, "ppo": None, "translation": None},
+    "image_vae": {},
+    "image": {"image_vae": "vae"},
+    "evaluate": dict.fromkeys(("pretrain", "sft", "reward", "ppo", "translation", "image"), None),
 }
-MODELS = ("model", "reward_model")
-SOURCES = ("text", "chats", "prompts", "rankings", "pairs")
+MODELS = ("model", "reward_model", "vae", "text_encoder")
+SOURCES = ("text", "chats", "prompts", "rankings", "pairs", "images")
 
 State = Literal["done", "resume", "stale", "new"]
 
@@ -166,6 +172,11 @@ def derived(recipe: Recipe, config: StageConfig) -> str:
             return f"{config.num_train_epochs:g} epochs, batch {_batch(recipe, config)}{lora}"
         case TranslationConfig():
             return _translation(recipe, config)
+        case ImageVaeConfig():
+            sizes = f"{config.resolution} px → {config.resolution // config.downsampling} × {config.latent_channels}"
+            return f"{sizes} channels, {config.steps:,} steps × {_batch(recipe, config)}"
+        case ImageConfig():
+            return _image(recipe, config)
     return ""
 
 
@@ -185,6 +196,12 @@ def _translation(recipe: Recipe, config: TranslationConfig) -> str:
     )
 
 
+def _image(recipe: Recipe, config: ImageConfig) -> str:
+    lora = f", LoRA r={config.lora.r}" if config.lora else ""
+    what = f"from {config.model}{lora}" if config.model else f"{config.denoiser}, {config.prediction}"
+    return f"{what}, {config.resolution} px, {config.steps:,} steps × {_batch(recipe, config)}"
+
+
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count:,}"
 
@@ -198,8 +215,12 @@ def _batch(recipe: Recipe, config: TrainingConfig) -> str:
 def _check_parents(recipe: Recipe, root: Path, name: str) -> None:
     config = recipe.stages[name]
     for parent, field in PARENTS[name].items():
-        named = field and getattr(config, field, None)
-        if named or parent in recipe.stages or name == "evaluate" or (root / parent / "manifest.json").exists():
+        if (
+            _is_named(config, field)
+            or parent in recipe.stages
+            or name == "evaluate"
+            or (root / parent / "manifest.json").exists()
+        ):
             continue
         hint = f", or name {name}.{field}" if field else ""
         raise ConfigError(f"{name}: needs the {parent} stage, which recipe {recipe.name!r} does not have: add it{hint}")
@@ -209,14 +230,25 @@ def _check_models(config: StageConfig, name: str) -> None:
     """A model that a stage names is a folder, or may be a hub's: NAME or OWNER/NAME."""
     for field in MODELS:
         model = getattr(config, field, None)
-        if model and not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        if (
+            model
+            and model != PIXELS
+            and not Path(model).is_dir()
+            and (model.startswith((".", "/", "~")) or model.count("/") > 1)
+        ):
             raise ConfigError(f"{name}.{field}={model!r}: no such folder")
 
 
 def _parents(recipe: Recipe, name: str) -> dict[str, str | None]:
     config = recipe.stages[name]
     fields = PARENTS[name].items()
-    return {p: f for p, f in fields if p in recipe.stages and not (f and getattr(config, f, None))}
+    return {p: f for p, f in fields if p in recipe.stages and not _is_named(config, f)}
+
+
+def _is_named(config: StageConfig, field: str | None) -> bool:
+    """Whether a stage's config says itself what it would else take from an earlier stage."""
+    brought = field == "vae" and getattr(config, "model", None)  # a pipeline folder has all of its parts
+    return bool(field and (getattr(config, field, None) or brought))
 
 
 def _state(root: Path, name: str, identity: dict[str, Any]) -> tuple[State, str]:

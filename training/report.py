@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import figures, report_tables, report_translation
+from training import figures, report_image, report_tables, report_translation
 from training.config import STAGES, Recipe
 from training.data.prompts import as_messages
 from training.page import Html, document, join, section, table, tag
@@ -51,11 +51,17 @@ def write_report(root: Path) -> Path:
     story = read_story(root)
     parts = [
         _head(story),
-        report_tables.verdict(story.evaluation, story.recipe, report_translation.headline(story.evaluation)),
+        report_tables.verdict(
+            story.evaluation,
+            story.recipe,
+            report_translation.headline(story.evaluation),
+            report_image.headline(story.evaluation),
+        ),
         _fixed_prompts(story),
         _curves(story),
         *report_tables.evaluation(story.evaluation),
         *report_translation.sections(story.evaluation),
+        *report_image.sections(story.evaluation, root),
         _held_out_prompts(story),
         _ranking(story),
         _remarks(story),
@@ -118,9 +124,13 @@ def _what(recipe: Recipe) -> str:
         return f"From raw text to a chat model: a {_ARCHITECTURES[recipe.pretrain.architecture]} decoder"
     if translation := recipe.translation:
         return f"An encoder-decoder transformer from {translation.source_language} to {translation.target_language}"
+    if image := recipe.image:
+        what = "fine-tuned" if image.model else {"unet": "UNet", "dit": "diffusion transformer"}[image.denoiser]
+        return f"A text-conditioned {what} for pictures of {image.resolution} pixels"
     return "A chat model"
 
 
+_SIBLINGS = ("translation", "image_vae", "image")  # which a chat model's recipe does not lack
 _ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama-style"}
 
 
@@ -160,8 +170,8 @@ def _parameters(story: Story) -> int:
     """As the newest model's weights have them; 0 where there is none yet."""
     from safetensors import safe_open
 
-    for name in ("ppo", "sft", "pretrain", "translation"):
-        files = sorted((story.root / name / "model").glob("*.safetensors"))
+    for name in ("ppo", "sft", "pretrain", "translation", "image"):
+        files = sorted((story.root / name / "model").rglob("*.safetensors"))
         total = 0
         for file in files:
             with safe_open(file, framework="np") as weights:
@@ -311,7 +321,7 @@ def _remarks(story: Story) -> Html:
     if missing:
         command = f"“chatforge train {story.recipe.name}”"
         remarks.insert(0, f"This run is not finished: {', '.join(missing)} to come. {command} goes on from here.")
-    absent = [name for name in STAGES if name not in story.recipe.stages and name != "translation"]
+    absent = [name for name in STAGES if name not in story.recipe.stages and name not in _SIBLINGS]
     if absent and story.recipe.sft:
         remarks.append(f"The recipe leaves out: {', '.join(absent)}.")
     return section("How far to trust this", tag("div", tag("ul", *(tag("li", r) for r in remarks)), class_="card"))

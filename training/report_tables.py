@@ -259,6 +259,11 @@ def remarks(result: Json, recipe: Recipe) -> list[str]:
             "The translator knows the words and the kind of sentence that its pairs have, and nothing beside them: on "
             "other text it writes fluent sentences that say something else."
         )
+    if recipe.image and not recipe.image.model:
+        out.append(
+            "The image model draws in the one style of its pictures, and what it was shown: a drawing that equals its "
+            "nearest training picture is remembered, not invented."
+        )
     judge = result.get("settings", {}).get("judge") or (recipe.rank.judge if recipe.rank else None)
     if judge == "vader" and result.get("answers"):
         ranked = recipe.rank is not None and recipe.rank.judge == judge

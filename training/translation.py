@@ -22,7 +22,6 @@ from transformers import (
     GenerationConfig,
     MarianConfig,
     MarianMTModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
@@ -33,6 +32,7 @@ from training.config import TranslationConfig, padded_vocab
 from training.data.examples import Batches, Example, Examples, write_examples
 from training.data.pairs import Pair, read_sides
 from training.run import Run, StageError, folder_atomic
+from training.subwords import train_subwords
 from training.trainer import peft_config
 from training.translation_validation import HeldOut, Validation
 
@@ -95,7 +95,7 @@ def _prepare(config: TranslationConfig, run: Run) -> HeldOut:
     folder = run.folder / "tokenizer"
     if not config.model and not folder.exists():
         with folder_atomic(folder) as temporary:
-            train_tokenizer(_texts(sides.training), config.vocab_size, config.max_length).save_pretrained(temporary)
+            train_subwords(_texts(sides.training), config.vocab_size, config.max_length).save_pretrained(temporary)
     codec = Codec(_tokenizer(config, run), config.source_language, config.target_language)
     for name, pairs in (("train", sides.training), ("val", sides.validation)):
         if not (run.folder / name).exists():
@@ -142,33 +142,6 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict
 def _tokenizer(config: TranslationConfig, run: Run) -> Any:
     """The start's own, or the joint one that `_prepare` has left."""
     return AutoTokenizer.from_pretrained(config.model or run.folder / "tokenizer")
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A joint byte-level BPE (Sennrich et al. 2016) that ends every text with eos; no text is out of its vocabulary.
-
-    Words bear the space before them, and the first one too, so that it is the same token at the start of a sentence.
-    `max_length` tells whoever translates which lengths the model has learnt from: longer sentences are cut.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", bpe.token_to_id("</s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, model_max_length=max_length, clean_up_tokenization_spaces=False, **special
-    )
 
 
 # ---- model

@@ -12,6 +12,7 @@ STOP_RATE = 0.95
 COLLAPSED = 0.5  # distinct-2 below this part of SFT's
 PARROTED = 0.1  # one answer to more than this share of the prompts
 LENGTH_BIAS = 0.5
+SHOWN_CAPTIONS = 0.5  # of the drawings, that show what they should
 
 Result = dict[str, Any]
 
@@ -32,6 +33,9 @@ def headline(result: Result) -> dict[str, float]:
     if translation := result.get("translation"):
         everything = translation["sources"][-1]["model"]
         out |= {"translation_bleu": everything["bleu"], "translation_chrf": everything["chrf"]}
+    if image := result.get("image"):
+        out["image_match"] = image["trained"]["match_5"]["mean"]
+        out["image_frechet"] = image["frechet"] if image["frechet"] is not None else math.nan
     for stage, bits in result["bits_per_byte"].items():
         out[f"{stage}_bits_per_byte"] = bits["mean"]
     return {name: value for name, value in out.items() if math.isfinite(value)}
@@ -44,6 +48,7 @@ def warnings(result: Result) -> list[str]:
         *_reward_warnings(result.get("reward")),
         *_ppo_warnings(result),
         *_translation_warnings(result.get("translation")),
+        *_image_warnings(result.get("image")),
     ]
 
 
@@ -110,6 +115,24 @@ def _translation_warnings(translation: Result | None) -> list[str]:
         for name, words in rivals
         if not Estimate(**translation[f"over_{name}"]).exceeds(0.0)
     ]
+
+
+def _image_warnings(image: Result | None) -> list[str]:
+    if image is None:
+        return []
+    out = []
+    share = image["trained"]["match_5"]["mean"]
+    if share < SHOWN_CAPTIONS:
+        out.append(f"Only {share:.0%} of the drawings of trained captions have a picture of it among the 5 nearest.")
+    held_out = image["held_out"]
+    if held_out and not Estimate(**{k: v for k, v in held_out["match_5"].items() if k != "chance"}).exceeds(
+        held_out["match_5"]["chance"]
+    ):
+        out.append(
+            f"Of {held_out['n']} held-out captions no more are drawn recognisably than chance would have: it knows "
+            "what it was shown, and does not yet put words together."
+        )
+    return out
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,138 @@
+"""The equations of diffusion against slow, obvious forms of themselves."""
+
+import math
+
+import pytest
+import torch
+
+from training import diffusion_math as maths
+
+BETAS = maths.scaled_linear_betas()
+BARS = maths.alphas_cumprod(BETAS)
+T = torch.tensor([0, 10, 500, 999])
+
+
+@pytest.fixture
+def x0():
+    return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_alpha_bar_is_the_product_of_all_steps_so_far():
+    product = 1.0
+    for t, beta in enumerate(BETAS.tolist()):
+        product *= 1.0 - beta
+        assert BARS[t].item() == pytest.approx(product, rel=1e-3)
+    assert BETAS[0].item() == pytest.approx(0.00085) and BETAS[-1].item() == pytest.approx(0.012)
+    assert math.sqrt(BETAS[500]) == pytest.approx(0.00085**0.5 + 500 / 999 * (0.012**0.5 - 0.00085**0.5))
+
+
+def test_noise_is_added_at_once_as_it_is_step_by_step():
+    """The marginal after t steps of q(x_t | x_{t-1}), by its mean and variance."""
+    mean, variance = 1.0, 0.0
+    for t, beta in enumerate(BETAS.double().tolist()):
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        if t in T.tolist():
+            bars, one, zero = BARS[t : t + 1].double(), torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+            assert maths.add_noise(one, zero, bars).item() == pytest.approx(mean, rel=1e-3)
+            assert maths.add_noise(zero, one, bars).item() == pytest.approx(math.sqrt(variance), rel=1e-3)
+
+
+def test_every_prediction_leads_back_to_the_data(x0, noise):
+    bars = BARS[T].double()
+    noised = maths.add_noise(x0, noise, bars)
+    assert torch.allclose(maths.x0_from_epsilon(noised, noise, bars), x0, atol=1e-6)
+    assert torch.allclose(maths.x0_from_velocity(noised, maths.velocity(x0, noise, bars), bars), x0, atol=1e-6)
+    times = torch.tensor([0.01, 0.3, 0.7, 1.0]).double()
+    noised = maths.interpolate(x0, noise, times)
+    assert torch.allclose(maths.x0_from_flow(noised, maths.flow(x0, noise), times), x0)
+
+
+def test_velocity_is_the_derivative_by_the_angle(x0, noise):
+    """v = dx/dφ with α = cos φ, σ = sin φ."""
+    angle, h = torch.tensor(0.7, dtype=torch.float64), 1e-6
+
+    def at(phi):
+        return torch.cos(phi) * x0 + torch.sin(phi) * noise
+
+    slope = (at(angle + h) - at(angle - h)) / (2 * h)
+    bars = torch.cos(angle).square().expand(4)
+    assert torch.allclose(maths.velocity(x0, noise, bars), slope, atol=1e-6)
+
+
+def test_the_flow_is_the_derivative_by_time(x0, noise):
+    t, h = torch.full((4,), 0.4).double(), 1e-5
+    slope = (maths.interpolate(x0, noise, t + h) - maths.interpolate(x0, noise, t - h)) / (2 * h)
+    assert torch.allclose(maths.flow(x0, noise), slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [1, 100, 999])
+def test_the_posterior_is_bayes_rule(t):
+    """q(x_{t-1} | x_t, x_0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_0), multiplied out on a grid."""
+    x0, xt = torch.tensor([[0.3]]).double(), torch.tensor([[-0.2]]).double()
+    betas = BETAS.double()
+    before, beta = maths.alphas_cumprod(betas)[t - 1], betas[t]
+    grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    log = -((xt - (1 - beta).sqrt() * grid) ** 2) / (2 * beta) - (grid - before.sqrt() * x0) ** 2 / (2 * (1 - before))
+    weights = torch.softmax(log.flatten(), 0)
+    mean = (weights * grid).sum()
+    variance = (weights * (grid - mean) ** 2).sum()
+    ours, spread = maths.posterior(x0, xt, t, betas)
+    assert ours.item() == pytest.approx(mean.item(), abs=1e-4)
+    assert spread.item() == pytest.approx(variance.item(), rel=1e-3)
+
+
+def test_the_last_step_of_the_posterior_is_certain():
+    x0, xt = torch.tensor([[0.3]]), torch.tensor([[0.5]])
+    mean, variance = maths.posterior(x0, xt, 0, BETAS)
+    assert mean.item() == pytest.approx(0.3, abs=1e-4) and variance.item() == 0.0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_every_time_alike_in_terms_of_the_data(prediction, x0, noise):
+    """A loss on ε is SNR times one on x0, a loss on v (SNR + 1) times: weighted, both are min(SNR, γ) times it."""
+    bars = BARS[T].double()
+    snr = bars / (1 - bars)
+    noised = maths.add_noise(x0, noise, bars)
+    if prediction == "epsilon":
+        wrong = noise + 0.1
+        error, other = (wrong - noise).square(), maths.x0_from_epsilon(noised, wrong, bars) - x0
+    else:
+        v = maths.velocity(x0, noise, bars)
+        error, other = torch.full_like(v, 0.01), maths.x0_from_velocity(noised, v + 0.1, bars) - x0
+    weight = maths.min_snr_weight(bars, 5.0, prediction)
+    weighted = weight * error.flatten(1).mean(1)
+    assert torch.allclose(weighted, snr.clamp(max=5.0) * other.square().flatten(1).mean(1), rtol=1e-5)
+
+
+def test_times_are_logit_normal():
+    times = maths.logit_normal_times(20_000, torch.Generator().manual_seed(0))
+    logits = torch.logit(times)
+    assert logits.mean().item() == pytest.approx(0, abs=0.03) and logits.std().item() == pytest.approx(1, abs=0.03)
+    assert times.min() > 0 and times.max() < 1
+
+
+def test_the_kl_of_a_gaussian_is_its_integral():
+    mean, log_variance = torch.tensor([[[0.5, -1.0]]]).double(), torch.tensor([[[-0.7, 0.4]]]).double()
+    grid = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    total = 0.0
+    for m, lv in zip(mean.flatten(), log_variance.flatten(), strict=True):
+        p = torch.distributions.Normal(m, (0.5 * lv).exp())
+        q = torch.distributions.Normal(torch.tensor(0.0).double(), torch.tensor(1.0).double())
+        total += torch.trapezoid(p.log_prob(grid).exp() * (p.log_prob(grid) - q.log_prob(grid)), grid).item()
+    assert maths.kl_to_standard_normal(mean, log_variance).item() == pytest.approx(total, rel=1e-6)
+
+
+def test_the_rate_warms_up_and_falls_to_nothing():
+    rates = [maths.cosine_to_zero(step, 100, 10) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10] == 1.0 and rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0)
+
+
+def test_the_average_forgets_its_start():
+    assert [maths.ema_decay_at(step, 0.999) for step in (0, 90)] == [0.1, 0.91]
+    assert maths.ema_decay_at(10**6, 0.999) == 0.999

@@ -1,0 +1,296 @@
+"""The image stages in one process: they learn, go on after a stop, and what must not matter does not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses
+from diffusers import AutoencoderKL, PixArtAlphaPipeline, StableDiffusionPipeline
+from image_world import tiny_folder
+from PIL import Image
+from workers import two_workers
+
+from serving.image.components import load_components
+from training import image, image_vae, zero
+from training.config import ConfigError, ImageConfig, ImageVaeConfig
+from training.data.pictures import Pictures
+from training.image_parts import fresh_scheduler, load_text_encoder
+from training.measure_image import measure_image
+from training.run import Run, StageError
+
+COLOURS = {"red": (230, 40, 30), "green": (40, 170, 60), "blue": (40, 70, 220), "black": (20, 20, 20)}
+NET = {"channels": [16, 32], "attention_levels": [1], "num_heads": 2, "text_layers": 1, "text_hidden_size": 16}
+DIT = {"denoiser": "dit", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "patch_size": 2, "text_hidden_size": 16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def distributed():
+    zero.init_distributed("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Sixteen captioned pictures: a square or a bar, in four colours and two places."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for name, colour in COLOURS.items():
+        for shape, box in {"square": (4, 4, 12, 12), "bar": (2, 6, 14, 9)}.items():
+            for place in ("left", "right"):
+                image = Image.new("RGB", (16, 16), "white")
+                shift = -2 if place == "left" else 2
+                image.paste(colour, (box[0] + shift, box[1], box[2] + shift, box[3]))
+                image.save(folder / f"{name}-{shape}-{place}.png")
+                lines.append({"file_name": f"{name}-{shape}-{place}.png", "text": f"{name} {shape} on the {place}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path, pictures):
+    def make(name="r", **changes):
+        run = Run(tmp_path / name, "image", seed=3, val_fraction=0.2)
+        run.folder.mkdir(parents=True)
+        settings = {"images": [str(pictures)], "resolution": 16, "vae": "pixels", "steps": 6, "batch_size": 4}
+        settings |= {"micro_batch_size": 4, "dtype": "fp32", "checkpoint_every": 2, "sample_every": 3}
+        settings |= {"num_inference_steps": 2, "max_caption_tokens": 12}
+        return ImageConfig(**{**settings, **NET, **changes}), run
+
+    return make
+
+
+@pytest.fixture
+def make_vae_run(tmp_path, pictures):
+    def make(name="r", **changes):
+        run = Run(tmp_path / name, "image_vae", seed=3, val_fraction=0.2)
+        run.folder.mkdir(parents=True)
+        settings = {"images": [str(pictures)], "resolution": 16, "channels": [8, 16], "latent_channels": 2, "steps": 6}
+        settings |= {"batch_size": 4, "micro_batch_size": 4, "dtype": "fp32", "checkpoint_every": 2, "sample_every": 3}
+        return ImageVaeConfig(**{**settings, "perceptual_weight": 0.0, **changes}), run
+
+    return make
+
+
+def validations(run):
+    return [line["val_loss"] for line in run.metrics() if "val_loss" in line]
+
+
+# ---- the denoiser
+
+
+def test_it_learns_which_caption_is_which_picture(make_run):
+    settings = {"steps": 200, "batch_size": 12, "micro_batch_size": 12, "learning_rate": 4e-3, "ema_decay": 0.9}
+    settings |= {"sample_every": 200, "checkpoint_every": 200, "num_inference_steps": 12, "guidance_scale": 2.0}
+    config, run = make_run(**settings)
+    image.run(config, run)
+    train = Pictures(run.folder / "train")
+    parts = load_components(run.model)
+    drawings = image.drawn(parts, train.captions, image.params_of(config, parts))
+    pictures = np.concatenate([train.batch([index]) for index in range(len(train))]).astype(float)
+    far = [[np.abs(drawing - picture).mean() for picture in pictures] for drawing in np.array(drawings, float)]
+    right = np.mean(np.argmin(far, axis=1) == np.arange(len(train)))
+    assert right > 0.35  # one in thirteen by chance
+    assert losses(run)[0] > 2 * np.mean(losses(run)[-10:])
+
+
+@pytest.mark.parametrize("changes", [NET, DIT], ids=["unet", "dit"])
+def test_what_it_leaves_is_a_pipeline_that_diffusers_loads_and_draws_alike(make_run, changes):
+    config, run = make_run(**changes)
+    image.run(config, run)
+    card = json.loads((run.model / "chatforge.json").read_text("utf-8"))
+    assert (card["kind"], card["width"], card["num_inference_steps"]) == ("text-to-image", 16, 2)
+    kind = StableDiffusionPipeline if changes is NET else PixArtAlphaPipeline
+    pipeline = kind.from_pretrained(run.model)
+    pipeline.set_progress_bar_config(disable=True)
+    own = {} if changes is NET else {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 12}
+    theirs = pipeline(
+        "red bar", width=16, height=16, num_inference_steps=2, guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(0), output_type="np", **own,
+    ).images[0]  # fmt: skip
+    parts = load_components(run.model)
+    (ours,) = image.drawn(parts, ["red bar"], image.params_of(config, parts))
+    assert np.array_equal((theirs * 255).round().astype(np.uint8), ours)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):
+    goes_on_with_the_same_losses(image, make_run, at=5)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_average(make_run, monkeypatch):
+    config, undisturbed = make_run("undisturbed")
+    image.run(config, undisturbed)
+    _, stopped = make_run("stopped")
+    monkeypatch.setattr(image, "export", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        image.run(config, stopped)
+    monkeypatch.undo()
+    image.run(config, stopped)
+    weights = [(r.model / "unet/diffusion_pytorch_model.safetensors").read_bytes() for r in (undisturbed, stopped)]
+    assert weights[0] == weights[1]
+    assert validations(undisturbed) == validations(stopped)
+
+
+def test_micro_batches_and_workers_are_no_matter_of_what_is_learnt(make_run, tmp_path):
+    config, whole = make_run("whole")
+    image.run(config, whole)
+    config, parts = make_run("parts", micro_batch_size=1)
+    image.run(config, parts)
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    config, _ = make_run("unused", micro_batch_size=2)
+    codes, told = two_workers("image", config, tmp_path / "both", 0.2)
+    assert codes == [0, 0], told
+    both = Run(tmp_path / "both", "image")
+    assert losses(both) == pytest.approx(losses(whole), abs=1e-5)
+    assert validations(both) == pytest.approx(validations(whole), abs=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_every_zero_stage_gives_the_same_losses(make_run, zero_stage):
+    config, reference = make_run("reference")
+    image.run(config, reference)
+    config, sharded = make_run("sharded", zero_stage=zero_stage)
+    image.run(config, sharded)
+    assert losses(sharded) == pytest.approx(losses(reference), abs=1e-5)
+    assert validations(sharded) == pytest.approx(validations(reference), abs=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_chains_are_trained_too(make_run, prediction):
+    config, run = make_run(prediction=prediction)
+    image.run(config, run)
+    assert all(np.isfinite(losses(run)))
+    assert load_components(run.model).scheduler.config.prediction_type == prediction
+
+
+def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make_run, tmp_path):
+    parts = load_components(tiny_folder(tmp_path / "start", encoder="bert"))
+    folder = tmp_path / "bert"
+    parts.text_encoder.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)
+    config, run = make_run(text_encoder=str(folder))
+    image.run(config, run)
+    before, _ = load_text_encoder(str(folder), 12)
+    after = load_components(run.model)
+    assert after.text_encoder.config.use_attention_mask and after.tokenizer.model_max_length == 12
+    weights = before.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in after.text_encoder.state_dict().items())
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / ".cache").rglob("*.npy")}
+    assert {path.name for path in made} == {"latents.npy", "states.npy"}
+    config, again = make_run("again", text_encoder=str(folder), learning_rate=2e-3)
+    image.run(config, again)
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / ".cache").rglob("*.npy")}
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart"])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_folder_that_is_there_is_fine_tuned(make_run, tmp_path, family, lora):
+    start = tiny_folder(tmp_path / "start", family=family)
+    config, run = make_run(vae=None, model=str(start), lora=lora, learning_rate=1e-3)
+    image.run(config, run)
+    before, after = load_components(start), load_components(run.model)
+    weights = before.denoiser.state_dict()
+    changed = {name for name, w in after.denoiser.state_dict().items() if not torch.equal(w, weights[name])}
+    assert changed and after.denoiser.state_dict().keys() == weights.keys()
+    if lora:
+        assert all("attn" in name or "ff" in name for name in changed)
+    frozen = before.text_encoder.state_dict()
+    assert all(torch.equal(frozen[name], w) for name, w in after.text_encoder.state_dict().items())
+
+
+def test_captions_are_dropped_as_often_as_is_said(make_run):
+    config, run = make_run(caption_dropout=0.5)
+    image._prepare(config, run)
+    data = image.Data(config, run, image.components(config, run), "train")
+    nothing, something = data.captions([0, 0], [True, False])["input_ids"]
+    assert data._captions[0] == "" and torch.equal(nothing, data._ids[0]) and not torch.equal(nothing, something)
+    dropped = []
+    data.captions = lambda indices, drop: dropped.extend(drop) or 1 / 0  # type: ignore[method-assign]
+    objective = image.objective_of(fresh_scheduler(config), None)
+    for step in range(100):
+        with pytest.raises(ZeroDivisionError):
+            seeds = [image.chance(3, step, position) for position in range(4)]
+            image._loss(_Engine(), data, objective, [0, 1, 2, 3], seeds, config.caption_dropout)
+    assert 0.4 < np.mean(dropped) < 0.6
+
+
+class _Engine:
+    device = torch.device("cpu")
+
+
+def test_what_is_wrong_is_told_before_anything_is_trained(make_run, tmp_path):
+    for changes, message in (
+        ({"vae": str(tmp_path)}, "no autoencoder's folder"),
+        ({"text_encoder": str(tmp_path)}, "text_encoder=.*cannot be loaded"),
+        ({"resolution": 17}, "resolution=17 must be a multiple of 2"),
+    ):
+        config, run = make_run(str(len(message)), **changes)
+        with pytest.raises((StageError, ValueError), match=message):
+            image.run(config, run)
+    with pytest.raises(ValueError, match="there is no level 5"):
+        make_run("level", attention_levels=[5])
+    with pytest.raises(ConfigError, match="not divisible"):
+        make_run("batch", batch_size=3)[0].gradient_accumulation_steps(1)
+
+
+def test_evaluation_counts_drawings_of_both_sides(make_run):
+    config, run = make_run()
+    image.run(config, run)
+    evaluate = run.of("evaluate")
+    evaluate.folder.mkdir()
+    result = measure_image(str(run.model), config, evaluate, 8)
+    held_out = [row for row in result["drawings"] if row["held_out"]]
+    assert result["trained"]["n"] + result["held_out"]["n"] == len(result["drawings"]) == 8
+    assert len(held_out) == result["held_out"]["n"] == 2
+    training = {record["caption"] for record in result["drawings"] if not record["held_out"]}
+    assert training <= set(Pictures(run.folder / "train").captions)
+    assert 0 <= result["trained"]["match_1"]["mean"] <= result["trained"]["match_5"]["mean"] <= 1
+    with Image.open(evaluate.folder / "drawings.png") as sheet:
+        assert sheet.width > 700
+
+
+# ---- the autoencoder
+
+
+def test_the_autoencoder_learns_and_measures_its_latents(make_vae_run):
+    config, run = make_vae_run(steps=80, learning_rate=3e-3, ema_decay=0.9, sample_every=80, checkpoint_every=100)
+    image_vae.run(config, run)
+    assert np.mean(losses(run)[-5:]) < 0.5 * losses(run)[0]
+    vae = AutoencoderKL.from_pretrained(run.model)
+    pixels = image_vae.as_pixels(
+        np.concatenate([Pictures(run.folder / "train").batch([i]) for i in range(12)]), vae.device
+    )
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    assert latents.std().item() == pytest.approx(1.0, abs=0.1)
+    assert (run.folder / "samples" / "step-00000080.png").is_file()
+
+
+def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_losses(make_vae_run, goes_on_with_the_same_losses):
+    goes_on_with_the_same_losses(image_vae, make_vae_run, at=5)
+
+
+def test_the_denoiser_learns_in_the_latents_of_the_stage_before(make_run, make_vae_run):
+    config, run = make_vae_run()
+    image_vae.run(config, run)
+    config = make_run("unused", vae=None)[0]
+    run.of("image").folder.mkdir()
+    image.run(config, run.of("image"))
+    assert load_components(run.of("image").model).latent_channels == 2
+
+
+def test_features_of_a_pretrained_network_are_part_of_the_loss(make_vae_run):
+    config, run = make_vae_run(perceptual_weight=0.5, steps=2)
+    image_vae.run(config, run)
+    first = run.metrics()[0]
+    told = first["reconstruction"] + 0.5 * first["perceptual"] + 1e-6 * first["kl"] / (3 * 16 * 16)
+    assert first["perceptual"] > 0 and first["loss"] == pytest.approx(told, rel=1e-5)
+    assert not any("features" in name for name in AutoencoderKL.from_pretrained(run.model).state_dict())

@@ -1,0 +1,56 @@
+"""The exponential moving average of a model's weights: what a diffusion model is drawn with, and exported as."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.diffusion_math import ema_decay_at
+
+
+class Ema:
+    """The averages of the trained weights, each rank's of what it holds: shards under ZeRO-3, else all of them."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._live = {name: _held(p) for name, p in module.named_parameters() if p.requires_grad}
+        self._mean = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the weights after optimiser step `step`, counted from 0, into the averages."""
+        decay = ema_decay_at(step, self._decay)
+        for name, tensor in self._live.items():
+            self._mean[name].lerp_(tensor.to(self._mean[name].dtype), 1.0 - decay)
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Inside, the model has the averages for weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def save(self, folder: Path, rank: int) -> None:
+        torch.save(self._mean, folder / f"ema-{rank}.pt")
+
+    def load(self, folder: Path, rank: int) -> None:
+        saved = torch.load(folder / f"ema-{rank}.pt", weights_only=True)
+        for name, tensor in self._mean.items():
+            tensor.copy_(saved[name])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in self._live.items():
+            weights = tensor.detach().clone()
+            tensor.copy_(self._mean[name])
+            self._mean[name].copy_(weights)
+
+
+def _held(parameter: Any) -> Tensor:
+    """What this rank has of a parameter."""
+    return getattr(parameter, "ds_tensor", parameter)

@@ -1,0 +1,97 @@
+"""What the two stages that learn from captioned pictures share: their pictures, their rate, their checkpoints."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training import zero
+from training.config import PicturesConfig
+from training.data.captions import Captioned, read_captioned
+from training.data.pictures import Pictures, write_pictures
+from training.data.records import DataError
+from training.data.split import split
+from training.diffusion_math import cosine_to_zero
+from training.ema import Ema
+from training.run import Run, folder_atomic
+
+
+def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
+    """Leaves the training and the held-out pictures, decoded and fitted, in train/ and val/ of the stage's folder.
+
+    `multiple` is what sides must be divisible by. Held out are captions, with all their pictures, those excepted that
+    the training side has too, under another caption. Raises DataError where nothing is left to learn from, or to
+    measure on.
+    """
+    train, val = run.folder / "train", run.folder / "val"
+    training, held_out = captioned_sides(config, run)
+    if not train.exists():
+        write_pictures(training, config.resolution, multiple, train)
+    if not val.exists():
+        write_pictures(held_out, config.resolution, multiple, val, seen=frozenset(Pictures(train).hashes))
+    sizes = {side.name: len(Pictures(side)) for side in (train, val)}
+    print(", ".join(f"{size} pictures in {name}" for name, size in sizes.items()), flush=True)
+
+
+def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], list[Captioned]]:
+    """(training side, held-out side), the same for both stages."""
+    training, held_out = split(read_captioned(config.images), run.seed, run.val_fraction)
+    if not training or not held_out:
+        raise DataError(
+            f"images: {len(training)} pictures to learn from and {len(held_out)} held out are too few; "
+            f"give more, or another val_fraction than {run.val_fraction}"
+        )
+    return training, held_out
+
+
+def rate(config: PicturesConfig) -> Callable[[int], float]:
+    """Learning-rate multiplier at optimiser step 0, 1, ..."""
+    warmup = round(config.warmup_ratio * config.steps)
+    if config.schedule == "constant":
+        return lambda step: min(1.0, (step + 1) / (warmup + 1))
+    return lambda step: cosine_to_zero(step, config.steps, warmup)
+
+
+def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:
+    """A folder that every run beside this one finds again: what `write` made of `parts`, which identify its content."""
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    folder = run.root.parent / ".cache" / kind / digest
+    if not folder.exists():
+        with folder_atomic(folder) as temporary:
+            write(temporary)
+    return folder
+
+
+def as_pixels(pictures: np.ndarray, device: torch.device) -> Tensor:
+    """[B, H, W, 3] uint8 to [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def as_pictures(pixels: Tensor) -> np.ndarray:
+    """The way back."""
+    return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---- checkpoints with an average
+
+
+def save(engine: Any, ema: Ema, run: Run, step: int) -> None:
+    """All ranks call it."""
+
+    def write(folder: Path) -> None:
+        engine.save_checkpoint(str(folder), tag="deepspeed")
+        ema.save(folder, run.rank)
+
+    zero.save_checkpoint(run, step, write)
+
+
+def resume(engine: Any, ema: Ema, run: Run) -> int:
+    """The step to go on from."""
+    start = zero.resume(engine, run)
+    if latest := run.latest_checkpoint():
+        ema.load(latest[1], run.rank)
+    return start
