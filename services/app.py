@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from services.config import ServerConfig, ServerConfigError
+from services.transport import MAX_MESSAGE_BYTES
 
 HOST = "127.0.0.1"
-MAX_MESSAGE_BYTES = 4 << 20
 
 # Read by Ray's processes when they start.
 _ENVIRONMENT = {
@@ -53,6 +53,12 @@ def applications(config: ServerConfig) -> dict[str, Any]:
         # A sentence is a token at least.
         sentences = sum(m.max_batch_tokens + m.max_waiting for m in config.translation.values())
         made["translation"] = _application(TranslationService, config, config.translation, sentences)
+    if config.image:
+        from services.image import ImageService
+
+        # A request is an image at least.
+        images = sum(m.max_batch + m.max_waiting for m in config.image.values())
+        made["image"] = _application(ImageService, config, config.image, images)
     return made
 
 

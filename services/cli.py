@@ -187,13 +187,14 @@ def serve(
         list[str], typer.Option(metavar="MODEL", help="A model folder, NAME=FOLDER, or a run. Repeat for more.")
     ] = [],  # noqa: B006
     translation: Annotated[list[str], typer.Option(metavar="MODEL", help="The same, for models that translate.")] = [],  # noqa: B006
+    image: Annotated[list[str], typer.Option(metavar="MODEL", help="The same, for models that draw.")] = [],  # noqa: B006
     port: Annotated[int | None, typer.Option(help="Default: 9000.")] = None,
 ) -> None:
     """Answer over gRPC until Ctrl-C."""
     from services.config import load_config, parse_model_option
 
-    models: dict[str, dict[str, Any]] = {"chat": {}, "translation": {}}
-    for service, options in (("chat", chat), ("translation", translation)):
+    models: dict[str, dict[str, Any]] = {"chat": {}, "translation": {}, "image": {}}
+    for service, options in (("chat", chat), ("translation", translation), ("image", image)):
         for name, model in (parse_model_option(option, service) for option in options):
             if name in models[service]:
                 raise ValueError(f"--{service}: {name!r} is given twice; give one another name: NAME={model}")
@@ -201,7 +202,7 @@ def serve(
     settings = load_config(config, **models, **({} if port is None else {"port": port}))
     from services.app import running
 
-    held = settings.chat | settings.translation
+    held = settings.chat | settings.translation | settings.image
     typer.echo(f"starting {', '.join(held)} ...")
     with running(settings) as address:
         for name, served in held.items():
@@ -210,6 +211,7 @@ def serve(
         for command, names, text in (
             ("chat", list(settings.chat), "Hello!"),
             ("translate", list(settings.translation), "Guten Tag!"),
+            ("draw", list(settings.image), "a red apple"),
         ):
             if names:
                 typer.echo(f'  chatforge {command} --server {address} --model {names[0]} "{text}"')
@@ -277,6 +279,50 @@ def translate(
 
 
 @app.command()
+def draw(
+    prompt: Annotated[list[str], typer.Argument(help="What to draw.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Ends in .png, .jpg or .webp; several are numbered.")
+    ] = Path("drawing.png"),
+    n: Annotated[int, typer.Option("--n", help="How many images.")] = 1,
+    grid: Annotated[bool, typer.Option("--grid", help="All on one sheet.")] = False,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="From noise to picture.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt pulls; 1: off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first image; the next has the next.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpm++ or euler; default: the model's own.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw this picture anew.")] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="Only where this one is white.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far from the picture: above 0, to 1.")] = None,
+    source: Annotated[
+        str, typer.Option("--from", metavar="LANGUAGE", help="Of the prompt, which the server translates first.")
+    ] = "",
+    server: ServerOption = DEFAULT_SERVER,
+    model: Annotated[str, typer.Option(help="Needed where the server has more than one.")] = "",
+) -> None:
+    """Draw with a model that a server serves."""
+    from services.client import Client
+    from services.easel import Easel, in_english
+
+    if image is None and (mask or strength is not None):
+        raise ValueError(f"{'--mask' if mask else '--strength'}: needs --image, the picture that is drawn anew")
+    options: dict[str, Any] = {"num_images": n, "width": width, "height": height, "num_inference_steps": steps}
+    options |= {"guidance_scale": guidance_scale, "seed": seed, "sampler": sampler, "model": model}
+    with Client(server) as client:
+        easel = Easel(client, output, grid)
+        said = [_typed(prompt), negative_prompt]
+        if source:
+            said = in_english(client, said, source)
+            typer.echo(f"prompt: {said[0]}")
+        if image is None:
+            easel.draw(said[0], negative_prompt=said[1], **options)
+        else:
+            easel.edit(said[0], image, mask, strength, negative_prompt=said[1], **options)
+
+
+@app.command()
 def models(server: ServerOption = DEFAULT_SERVER) -> None:
     """What a server serves."""
     from services.client import Client
@@ -316,6 +362,16 @@ def bench_translate(
     from services.bench_translation import bench_translation
 
     bench_translation(model, pairs, _show)
+
+
+@bench.command("draw")
+def bench_draw(
+    model: Annotated[str, typer.Argument(help="An image model's folder or a run.")] = "image-tiny",
+) -> None:
+    """1 and 8 gRPC callers, beside diffusers' own pipeline one by one, in the same run."""
+    from services.bench_image import bench_drawing
+
+    bench_drawing(model, _show)
 
 
 @bench.command("train")

@@ -5,6 +5,7 @@
         for piece in client.stream_chat([{"role": "user", "content": "Hello!"}], temperature=0):
             print(piece, end="", flush=True)
         print(client.translate("Das Meer ist blau.", source="de", target="en").text)
+        client.generate_image("a red apple", seed=7)[0].save("apple.png")
 
 Calls raise CallError; what is tried again before that, services.transport says.
 """
@@ -16,17 +17,36 @@ import grpc
 import grpc.aio
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
-from chatforge.v1 import chat_pb2, chat_pb2_grpc, models_pb2, models_pb2_grpc, translation_pb2, translation_pb2_grpc
+from chatforge.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    image_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    translation_pb2,
+    translation_pb2_grpc,
+)
 from services import replies
-from services.replies import LanguagePair, Messages, Reply, TranslationReply
+from services.replies import ImageReply, LanguagePair, Messages, Reply, StepProgress, TranslationReply
 from services.transport import AsyncStream, Attempts, CallError, Collected, Metadata, Stream, async_unary, unary
 
-__all__ = ["AsyncClient", "CallError", "Client", "LanguagePair", "Messages", "Reply", "TranslationReply"]
+__all__ = [
+    "AsyncClient",
+    "CallError",
+    "Client",
+    "ImageReply",
+    "LanguagePair",
+    "Messages",
+    "Reply",
+    "StepProgress",
+    "TranslationReply",
+]
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1),)  # a connection of one's own, which no other client can spoil
 _CHAT = (("application", "chat"),)  # Serve routes by it
 _TRANSLATION = (("application", "translation"),)
+_IMAGE = (("application", "image"),)
 _MODELS = (("application", "models"),)
 _HEALTH = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
@@ -38,6 +58,7 @@ class _Connection:
         self._channel, self._timeout, self._retries = channel, timeout, retries
         self._chat = chat_pb2_grpc.ChatServiceStub(channel)
         self._translation = translation_pb2_grpc.TranslationServiceStub(channel)
+        self._image = image_pb2_grpc.ImageServiceStub(channel)
         self._models = models_pb2_grpc.ModelServiceStub(channel)
         # HealthCheckRequest {string service = 1} and HealthCheckResponse {enum status = 1} have the wire form of these.
         self._health = channel.unary_unary(
@@ -64,10 +85,10 @@ class Client(_Connection):
 
     def stream_chat(
         self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any
-    ) -> Stream[Reply]:
+    ) -> Stream[str, Reply]:
         """The answer's text in pieces, while it is made; leaving the loop or closing it cancels the call."""
         request = replies.chat_request(chat_pb2.StreamChatRequest, messages, model, config)
-        collected = Collected(replies.streamed_chat_reply)
+        collected = Collected(replies.delta, replies.finished, replies.streamed_chat_reply)
         return Stream(self._chat.StreamChat, request, _CHAT, self._attempts(timeout), collected)
 
     @overload
@@ -104,16 +125,67 @@ class Client(_Connection):
         model: str = "",
         timeout: float | None = None,
         **config: Any,
-    ) -> Stream[TranslationReply]:
+    ) -> Stream[str, TranslationReply]:
         """The translation of a document sentence by sentence, while it is made; leaving the loop cancels the call."""
         request = replies.stream_translate_request(text, (source, target), model, config)
-        collected = Collected(replies.streamed_translation_reply)
+        collected = Collected(replies.delta, replies.finished, replies.streamed_translation_reply)
         return Stream(self._translation.StreamTranslate, request, _TRANSLATION, self._attempts(timeout), collected)
 
     def list_languages(self, timeout: float | None = None) -> list[LanguagePair]:
         """From what into what the server translates."""
         request = translation_pb2.ListLanguagesRequest()
         return replies.language_pairs(self._unary(self._translation.ListLanguages, request, _TRANSLATION, timeout))
+
+    def generate_image(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        model: str = "",
+        timeout: float | None = None,
+        **config: Any,
+    ) -> list[ImageReply]:
+        """The prompt's images, in the order of their seeds.
+
+        `config` has the fields of ImageConfig (width, num_inference_steps, num_images, ...), where sampler is "ddim",
+        "dpm++" or "euler", and format "png", "jpeg" or "webp".
+        """
+        request = replies.generate_image_request(prompt, negative_prompt, model, config)
+        return replies.image_replies(self._unary(self._image.GenerateImage, request, _IMAGE, timeout))
+
+    def stream_generate_image(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        model: str = "",
+        preview_every: int = 0,
+        timeout: float | None = None,
+        **config: Any,
+    ) -> Stream[StepProgress | ImageReply, list[ImageReply]]:
+        """The steps while they are made, with previews at every so many, then each image; leaving the loop cancels."""
+        request = replies.stream_generate_image_request(prompt, negative_prompt, model, preview_every, config)
+        return Stream(self._image.StreamGenerateImage, request, _IMAGE, self._attempts(timeout), _collected_images())
+
+    def edit_image(
+        self,
+        prompt: str,
+        image: bytes,
+        *,
+        mask: bytes | None = None,
+        strength: float | None = None,
+        negative_prompt: str = "",
+        model: str = "",
+        timeout: float | None = None,
+        **config: Any,
+    ) -> list[ImageReply]:
+        """An image drawn anew after a prompt, where a mask is white or, without one, all of it.
+
+        Both are the content of PNG, JPEG or WebP files; `config` is that of generate_image.
+        """
+        given = {"image": image, "mask": mask, "strength": strength}
+        request = replies.edit_image_request(prompt, negative_prompt, model, given, config)
+        return replies.image_replies(self._unary(self._image.EditImage, request, _IMAGE, timeout))
 
     def list_models(self, timeout: float | None = None) -> list[models_pb2.Model]:
         request = models_pb2.ListModelsRequest()
@@ -141,7 +213,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """`Client` for asyncio: the same methods, awaited; `stream_chat` and `stream_translate` give async iterators."""
+    """`Client` for asyncio: the same methods, awaited; those called stream_... give async iterators."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
         super().__init__(grpc.aio.insecure_channel(address, _OPTIONS), timeout, retries)
@@ -152,9 +224,9 @@ class AsyncClient(_Connection):
 
     def stream_chat(
         self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any
-    ) -> AsyncStream[Reply]:
+    ) -> AsyncStream[str, Reply]:
         request = replies.chat_request(chat_pb2.StreamChatRequest, messages, model, config)
-        collected = Collected(replies.streamed_chat_reply)
+        collected = Collected(replies.delta, replies.finished, replies.streamed_chat_reply)
         return AsyncStream(self._chat.StreamChat, request, _CHAT, self._attempts(timeout), collected)
 
     @overload
@@ -186,15 +258,58 @@ class AsyncClient(_Connection):
         model: str = "",
         timeout: float | None = None,
         **config: Any,
-    ) -> AsyncStream[TranslationReply]:
+    ) -> AsyncStream[str, TranslationReply]:
         request = replies.stream_translate_request(text, (source, target), model, config)
-        collected = Collected(replies.streamed_translation_reply)
+        collected = Collected(replies.delta, replies.finished, replies.streamed_translation_reply)
         return AsyncStream(self._translation.StreamTranslate, request, _TRANSLATION, self._attempts(timeout), collected)
 
     async def list_languages(self, timeout: float | None = None) -> list[LanguagePair]:
         request = translation_pb2.ListLanguagesRequest()
         response = await self._unary(self._translation.ListLanguages, request, _TRANSLATION, timeout)
         return replies.language_pairs(response)
+
+    async def generate_image(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        model: str = "",
+        timeout: float | None = None,
+        **config: Any,
+    ) -> list[ImageReply]:
+        request = replies.generate_image_request(prompt, negative_prompt, model, config)
+        return replies.image_replies(await self._unary(self._image.GenerateImage, request, _IMAGE, timeout))
+
+    def stream_generate_image(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        model: str = "",
+        preview_every: int = 0,
+        timeout: float | None = None,
+        **config: Any,
+    ) -> AsyncStream[StepProgress | ImageReply, list[ImageReply]]:
+        request = replies.stream_generate_image_request(prompt, negative_prompt, model, preview_every, config)
+        return AsyncStream(
+            self._image.StreamGenerateImage, request, _IMAGE, self._attempts(timeout), _collected_images()
+        )
+
+    async def edit_image(
+        self,
+        prompt: str,
+        image: bytes,
+        *,
+        mask: bytes | None = None,
+        strength: float | None = None,
+        negative_prompt: str = "",
+        model: str = "",
+        timeout: float | None = None,
+        **config: Any,
+    ) -> list[ImageReply]:
+        given = {"image": image, "mask": mask, "strength": strength}
+        request = replies.edit_image_request(prompt, negative_prompt, model, given, config)
+        return replies.image_replies(await self._unary(self._image.EditImage, request, _IMAGE, timeout))
 
     async def list_models(self, timeout: float | None = None) -> list[models_pb2.Model]:
         request = models_pb2.ListModelsRequest()
@@ -218,3 +333,7 @@ class AsyncClient(_Connection):
 
     async def _unary(self, call: Any, request: Any, metadata: Metadata, timeout: float | None) -> Any:
         return await async_unary(call, request, metadata, self._attempts(timeout))
+
+
+def _collected_images() -> Collected[StepProgress | ImageReply, list[ImageReply]]:
+    return Collected(replies.image_event, replies.is_last_image, replies.streamed_image_replies)

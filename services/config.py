@@ -5,6 +5,8 @@
       smollm2: {model: models/smollm2, dtype: bf16}
     translation:
       de-en: {model: pictograms, max_num_beams: 4}
+    image:
+      painter: {model: image-small, max_images: 4}
 
 A `model` is a model folder, or the name of a run in runs/, which stands for its newest model of that service. Imports
 nothing heavier than pydantic. Every mistake is a ServerConfigError that names the key, the value and the fix.
@@ -12,6 +14,7 @@ nothing heavier than pydantic. Every mistake is a ServerConfigError that names t
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]  # BCP-47: de, pt-BR, zh-Hant
-STAGES = {"chat": ("ppo", "sft"), "translation": ("translation",)}  # of a run, newest first
-_KINDS = {"chat": "causal-lm", "translation": "translation"}
+STAGES = {"chat": ("ppo", "sft"), "translation": ("translation",), "image": ("image",)}  # of a run, newest first
+_KINDS = {"chat": "causal-lm", "translation": "translation", "image": "text-to-image"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -71,7 +74,32 @@ class TranslationModelConfig(BaseModel):
         return find_model(self.model, service="translation")
 
 
-_MODEL_CONFIGS: dict[str, type[BaseModel]] = {"chat": ChatModelConfig, "translation": TranslationModelConfig}
+class ImageModelConfig(BaseModel):
+    """One image model, and what a request to it may hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str  # a diffusers pipeline folder, or a run's name
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: as the folder's weights are
+    max_batch: Positive = 8  # images drawn at the same time
+    max_waiting: Positive = 64  # images of all requests that wait for a batch; the next is RESOURCE_EXHAUSTED
+    max_images: Annotated[int, Field(gt=0, le=64)] = 8  # of a request; their previews go into one message
+    max_pixels: Annotated[int, Field(ge=64, le=1 << 20)] = 1 << 20  # of an image; more may not fit into a message
+    max_num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 150
+    max_upload_bytes: Annotated[int, Field(gt=0, le=3 << 20)] = 3 << 20  # image and mask; the same
+    max_characters: Annotated[int, Field(gt=0, le=10_000)] = 2000  # of both prompts; EXIF holds no more
+
+    @property
+    def folder(self) -> Path:
+        return find_model(self.model, service="image")
+
+
+ModelConfig = ChatModelConfig | TranslationModelConfig | ImageModelConfig
+_MODEL_CONFIGS: dict[str, type[BaseModel]] = {
+    "chat": ChatModelConfig,
+    "translation": TranslationModelConfig,
+    "image": ImageModelConfig,
+}
 
 
 class ServerConfig(BaseModel):
@@ -81,6 +109,7 @@ class ServerConfig(BaseModel):
 
     chat: dict[str, ChatModelConfig] = {}
     translation: dict[str, TranslationModelConfig] = {}
+    image: dict[str, ImageModelConfig] = {}
     port: Annotated[int, Field(gt=0, lt=65536)] = 9000
     replicas: Positive = 1  # of each service: processes that each hold every model of it
     threads: Positive | None = None  # torch threads per replica; default: the machine's cores over all replicas
@@ -92,13 +121,15 @@ class ServerConfig(BaseModel):
     @property
     def services(self) -> dict[str, list[str]]:
         """The names of each service's models, of the services that have any."""
-        held = {"chat": sorted(self.chat), "translation": sorted(self.translation)}
-        return {service: names for service, names in held.items() if names}
+        return {service: sorted(models) for service, models in self._models().items() if models}
+
+    def _models(self) -> dict[str, Mapping[str, ModelConfig]]:
+        return {"chat": self.chat, "translation": self.translation, "image": self.image}
 
     @model_validator(mode="after")
     def _serves_something(self) -> Self:
         if not self.services:
-            raise ValueError("no model to serve; give --chat MODEL, --translation MODEL or a config file")
+            raise ValueError("no model to serve; give --chat, --translation or --image MODEL, or a config file")
         return self
 
     @model_validator(mode="after")
@@ -108,11 +139,14 @@ class ServerConfig(BaseModel):
                 raise ValueError(
                     f"{service}: model name {wrong[0]!r} must be letters, digits, '.', '_' or '-', at most 64"
                 )
-        if twice := sorted(self.chat.keys() & self.translation.keys()):
-            model = self.translation[twice[0]].model
-            raise ValueError(
-                f"translation: model name {twice[0]!r} is a chat model's; give it another: --translation NAME={model}"
-            )
+        taken: dict[str, str] = {}
+        for service, models in self._models().items():
+            if twice := sorted(models.keys() & taken.keys()):
+                raise ValueError(
+                    f"{service}: model name {twice[0]!r} is a {taken[twice[0]]} model's; give it another: "
+                    f"--{service} NAME={models[twice[0]].model}"
+                )
+            taken |= dict.fromkeys(models, service)
         return self
 
 
@@ -131,6 +165,8 @@ def load_config(path: Path | None, **changes: Any) -> ServerConfig:
         check_chat_folder(chat.folder)
     for translation in config.translation.values():
         check_kind(translation.folder, "translation")
+    for image in config.image.values():
+        check_kind(image.folder, "image")
     return config
 
 
@@ -147,32 +183,41 @@ def parse_model_option(option: str, service: str) -> tuple[str, str]:
 def find_model(model: str, runs: Path = Path("runs"), service: str = "chat") -> Path:
     """The folder that `model` names: itself, or the newest model for `service` of the run of that name."""
     folder = Path(model)
-    if (folder / "config.json").is_file():
+    if _is_model(folder):
         return folder
     run = folder if (folder / "run.json").is_file() else runs / model
     for stage in STAGES[service]:
-        if (run / stage / "model" / "config.json").is_file():
+        if _is_model(run / stage / "model"):
             return run / stage / "model"
     if (run / "run.json").is_file():
         needed = STAGES[service][-1]
         raise ServerConfigError(
             f"run {model!r} has no {service} model yet: it needs its {needed} stage; `chatforge runs {model}`"
         )
-    raise ServerConfigError(f"model {model!r} not found: give a folder with a config.json, or a run in {runs}/")
+    file = "model_index.json" if service == "image" else "config.json"
+    raise ServerConfigError(f"model {model!r} not found: give a folder with a {file}, or a run in {runs}/")
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "model_index.json"))
 
 
 def check_kind(folder: Path, service: str) -> None:
     """What can be told without loading: raises ServerConfigError where no model for `service` can be in `folder`."""
     card = folder / "chatforge.json"
-    kind = _read_json(card).get("kind") if card.is_file() else None
-    if kind is None:
-        kind = "translation" if _read_json(folder / "config.json").get("is_encoder_decoder") else "causal-lm"
+    kind = (_read_json(card).get("kind") if card.is_file() else None) or _kind_without_card(folder)
     if kind != _KINDS[service]:
         raise ServerConfigError(f"{folder}: holds a {kind} model; {service} needs a {_KINDS[service]} model")
-    if not (folder / "tokenizer_config.json").is_file():
+    if service != "image" and not (folder / "tokenizer_config.json").is_file():
         raise ServerConfigError(
             f"{folder}: has no tokenizer_config.json; a {service} model's folder holds its tokenizer"
         )
+
+
+def _kind_without_card(folder: Path) -> str:
+    if (folder / "model_index.json").is_file():
+        return "text-to-image"
+    return "translation" if _read_json(folder / "config.json").get("is_encoder_decoder") else "causal-lm"
 
 
 def check_chat_folder(folder: Path) -> None:

@@ -1,12 +1,17 @@
-"""Wire types to those of serving and back: the only place where protos meet SamplingParams, Chunk and Translation."""
+"""Wire types to those of serving and back: the only place where protos meet SamplingParams, Chunk and their like."""
 
 import dataclasses
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chatforge.v1 import chat_pb2, common_pb2, models_pb2, translation_pb2
-from services.errors import invalid
+import numpy as np
+
+from chatforge.v1 import chat_pb2, common_pb2, image_pb2, models_pb2, translation_pb2
+from services.errors import StatusError, invalid
+from services.pictures import Encoding, Format, preview
 from serving.engine.api import Chunk, SamplingParams, joined
+from serving.image.api import ImageParams, Progress, Sampler
 from serving.translation.api import Hypothesis, Piece, Translation, TranslationParams
 
 if TYPE_CHECKING:
@@ -19,6 +24,18 @@ _ROLES = {chat_pb2.ROLE_SYSTEM: "system", chat_pb2.ROLE_USER: "user", chat_pb2.R
 _REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
 _CHAT_KNOBS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
 _TRANSLATION_KNOBS = ("num_beams", "length_penalty", "num_hypotheses", "max_new_tokens")
+_IMAGE_KNOBS = ("num_inference_steps", "width", "height")
+_SAMPLERS: dict[int, Sampler] = {
+    image_pb2.SAMPLER_DDIM: "ddim",
+    image_pb2.SAMPLER_DPM_SOLVER_PP: "dpm++",
+    image_pb2.SAMPLER_EULER: "euler",
+}
+_FORMATS: dict[int, Format] = {
+    image_pb2.IMAGE_FORMAT_UNSPECIFIED: "PNG",
+    image_pb2.IMAGE_FORMAT_PNG: "PNG",
+    image_pb2.IMAGE_FORMAT_JPEG: "JPEG",
+    image_pb2.IMAGE_FORMAT_WEBP: "WEBP",
+}
 _KINDS = {
     "causal-lm": models_pb2.MODEL_KIND_CAUSAL_LM,
     "reward": models_pb2.MODEL_KIND_REWARD,
@@ -26,7 +43,7 @@ _KINDS = {
     "text-to-image": models_pb2.MODEL_KIND_TEXT_TO_IMAGE,
 }
 
-_Params = TypeVar("_Params", SamplingParams, TranslationParams)
+_Params = TypeVar("_Params", SamplingParams, TranslationParams, ImageParams)
 
 ChatMessage = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take them
 
@@ -61,9 +78,59 @@ def translation_params(config: translation_pb2.TranslationConfig, defaults: Tran
 def _changed(defaults: _Params, changes: dict[str, Any]) -> _Params:
     try:
         return dataclasses.replace(defaults, **changes)
-    except ValueError as error:  # "temperature=-1.0 must be between 0 and 100"
-        name, _, rest = str(error).partition("=")
-        raise invalid(f"config.{name}", rest) from None
+    except ValueError as error:
+        raise invalid_knob(error) from None
+
+
+def invalid_knob(error: ValueError) -> StatusError:
+    """INVALID_ARGUMENT out of serving's "temperature=-1.0 must be between 0 and 100"."""
+    name, _, rest = str(error).partition("=")
+    return invalid(name if name == "strength" else f"config.{name}", rest)
+
+
+def image_params(config: image_pb2.ImageConfig, defaults: ImageParams, **changes: Any) -> ImageParams:
+    """As `sampling_params`; `changes` are those that the request says outside of its config."""
+    changes |= {knob: getattr(config, knob) for knob in _IMAGE_KNOBS if config.HasField(knob)}
+    if config.HasField("guidance_scale"):
+        changes["guidance_scale"] = decimal(config.guidance_scale)
+    if config.sampler != image_pb2.SAMPLER_UNSPECIFIED:
+        changes["sampler"] = _known("config.sampler", config.sampler, _SAMPLERS)
+    return _changed(defaults, changes)
+
+
+def decimal(value: float) -> float:
+    """What a `float` of the wire was before it was one: 0.7, and not 0.699999988, of which 10 steps would be 6."""
+    return float(str(np.float32(value)))
+
+
+def image_encoding(config: image_pb2.ImageConfig) -> Encoding:
+    """Raises StatusError naming the field."""
+    format = _known("config.format", config.format, _FORMATS)
+    if not config.HasField("quality"):
+        return Encoding(format)
+    if format == "PNG":
+        raise invalid("config.quality", "is of JPEG and WebP alone; set config.format to one of them")
+    if not 1 <= config.quality <= 100:
+        raise invalid("config.quality", f"{config.quality} must be between 1 and 100")
+    return Encoding(format, config.quality)
+
+
+def image_seeds(config: image_pb2.ImageConfig) -> tuple[int, ...]:
+    """A seed for each image of a request. Raises StatusError naming the field and its range."""
+    count = config.num_images if config.HasField("num_images") else 1
+    if count < 1:
+        raise invalid("config.num_images", f"{count} must be at least 1")
+    first = config.seed if config.HasField("seed") else secrets.randbelow(2**32)  # that a person can type again
+    if not 0 <= first <= 2**63 - count:
+        raise invalid("config.seed", f"{first} must be between 0 and 2^63 - {count}")
+    return tuple(range(first, first + count))
+
+
+def _known(field: str, number: int, names: dict[int, Any]) -> Any:
+    """An enum's number as serving says it; a newer client may send one that is none of ours."""
+    if number not in names:
+        raise invalid(field, f"{number} is not known here; there are: {', '.join(map(str, names))}")
+    return names[number]
 
 
 def _stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
@@ -158,6 +225,18 @@ def _usage(parts: Sequence[Translation | Piece]) -> common_pb2.Usage:
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),
     )
+
+
+def image_proto(data: bytes, mime_type: str, size: tuple[int, int], seed: int = 0) -> image_pb2.Image:
+    """`size` is (width, height)."""
+    width, height = size
+    return image_pb2.Image(data=data, mime_type=mime_type, seed=seed, width=width, height=height)
+
+
+def step_progress(progress: Progress) -> image_pb2.StepProgress:
+    """With its previews made small, which is slow enough for a thread."""
+    previews = [image_proto(data, "image/jpeg", size) for data, size in map(preview, progress.previews)]
+    return image_pb2.StepProgress(step=progress.step, total=progress.total, previews=previews)
 
 
 def model_proto(name: str, info: "ModelInfo", limits: dict[str, int]) -> models_pb2.Model:

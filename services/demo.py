@@ -1,7 +1,8 @@
 """`chatforge demo`: every stage on this machine with real data, then one server with what came out of it.
 
 Beside our chat model, which saw a few million tokens, answers one that its makers pretrained, through the same service;
-beside both translates our translator. The second run skips what is done.
+beside both our translator translates, and our image model draws what it is told, in German too. The second run skips
+what is done.
 """
 
 from importlib.util import find_spec
@@ -11,16 +12,19 @@ from typing import TYPE_CHECKING
 import typer
 
 from services.client import Client
-from services.config import ChatModelConfig, ServerConfig, TranslationModelConfig, find_model
+from services.config import ChatModelConfig, ImageModelConfig, ServerConfig, TranslationModelConfig, find_model
+from services.easel import Easel, in_english
 
 if TYPE_CHECKING:
     from training.config import Recipe
 
-CHAT_RECIPE, TRANSLATION_RECIPE = "tiny", "translation-tiny"
+CHAT_RECIPE, TRANSLATION_RECIPE, IMAGE_RECIPE = "tiny", "translation-tiny", "image-tiny"
 PRETRAINED = Path("models/SmolLM2-135M-Instruct")
 QUESTIONS = ("Hello! How are you today?", "What do you like to do in summer?")
 # Of its training; held out, of words that it knows; held out, of a word that it has never seen.
 PHRASES = "grinsendes gesicht\nhandballspieler dunkle hautfarbe\nschmetterling"
+PROMPTS = ("cat", "rocket")
+GERMAN_PROMPT = "roter apfel"  # goes through the translator
 OURS, THEIRS = "tiny", "smollm2"
 
 
@@ -29,7 +33,7 @@ def run_demo(runs: Path) -> None:
     from training.config import load_recipe
 
     file = pretrained_file()
-    recipes = [load_recipe(name) for name in (CHAT_RECIPE, TRANSLATION_RECIPE)]
+    recipes = [load_recipe(name) for name in (CHAT_RECIPE, TRANSLATION_RECIPE, IMAGE_RECIPE)]
     for recipe in recipes:
         _train(recipe, runs)
     if not (PRETRAINED / "config.json").is_file():
@@ -37,10 +41,13 @@ def run_demo(runs: Path) -> None:
 
         typer.echo(f"importing {file.name} into {PRETRAINED}")
         import_gguf(file, PRETRAINED)
-    chat, translation = recipes
-    models = {OURS: str(find_model(chat.name, runs)), THEIRS: str(PRETRAINED)}
-    translator = str(find_model(translation.name, runs, service="translation"))
-    _serve_and_ask(models, {translation.name: translator}, _about(chat.pretrain))
+    chat, translation, image = recipes
+    held = {
+        "chat": {OURS: str(find_model(chat.name, runs)), THEIRS: str(PRETRAINED)},
+        "translation": {translation.name: str(find_model(translation.name, runs, service="translation"))},
+        "image": {image.name: str(find_model(image.name, runs, service="image"))},
+    }
+    _serve_and_ask(held, _about(chat.pretrain), runs / image.name)
 
 
 def _train(recipe: "Recipe", runs: Path) -> None:
@@ -69,25 +76,27 @@ def _about(pretrain: object) -> str:
     )
 
 
-def _serve_and_ask(models: dict[str, str], translators: dict[str, str], about: str) -> None:
+def _serve_and_ask(held: dict[str, dict[str, str]], about: str, drawings: Path) -> None:
+    """`held` has the models by service and name; `drawings` is the folder that pictures go to."""
     from services.app import free_port, running
 
     config = ServerConfig(
-        chat={name: ChatModelConfig(model=model, max_num_seqs=4) for name, model in models.items()},
-        translation={name: TranslationModelConfig(model=model) for name, model in translators.items()},
+        chat={name: ChatModelConfig(model=model, max_num_seqs=4) for name, model in held["chat"].items()},
+        translation={name: TranslationModelConfig(model=model) for name, model in held["translation"].items()},
+        image={name: ImageModelConfig(model=model) for name, model in held["image"].items()},
         port=free_port(),
     )
     typer.echo("starting the service ...")
     with running(config) as address, Client(address) as client:
         typer.echo(f"{about}\n")
-        for model in models:
+        for model in held["chat"]:
             for question in QUESTIONS:
                 _ask(client, model, question)
         _translate(client)
+        _draw(client, drawings)
     typer.echo("Talk to them yourself, in two terminals:")
-    given = {"chat": models, "translation": translators}
     options = " ".join(
-        f"--{service} {name}={model}" for service, named in given.items() for name, model in named.items()
+        f"--{service} {name}={model}" for service, named in held.items() for name, model in named.items()
     )
     typer.echo(f"  chatforge serve {options}\n  chatforge chat --model {OURS}")
 
@@ -101,6 +110,18 @@ def _translate(client: Client) -> None:
     stream = client.stream_translate(PHRASES, source="de", target="en")
     for german, english in zip(PHRASES.split("\n"), "".join(stream).split("\n"), strict=True):
         typer.echo(f"  {german:<40} {english}")
+    typer.echo("")
+
+
+def _draw(client: Client, folder: Path) -> None:
+    """A few prompts over gRPC, each into a file of its own."""
+    (english,) = in_english(client, [GERMAN_PROMPT], "de")
+    typer.echo(
+        f"The image model has learnt to draw 64 things, and nothing else. “{GERMAN_PROMPT}” goes to the translator\n"
+        f"first, which makes “{english}” of it.\n"
+    )
+    for prompt in (english, *PROMPTS):
+        Easel(client, folder / f"{prompt.replace(' ', '-')}.png").draw(prompt, seed=1)
     typer.echo("")
 
 

@@ -3,12 +3,14 @@
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from chatforge.v1 import models_pb2
 from services.client import CallError, Client
 
-PART_CHARACTERS = 16_000  # of a document, in one call; a quarter of what a server allows unless it is told otherwise
+PART_CHARACTERS = 16_000  # of a document, in one call; less where the server allows less
 HELP = "Every line is translated; Ctrl-D leaves, Ctrl-C stops a translation."
 
 
@@ -21,11 +23,22 @@ class Interpreter:
 
     def translate(self, text: str) -> None:
         """Prints the translation of a text of any length while it comes, and nothing else. Raises CallError."""
-        for part in parts(text, PART_CHARACTERS):
+        for part in parts(text, self._part_characters if "\n" in text else PART_CHARACTERS):
             with self._client.stream_translate(part, **self._options) as stream:
                 for piece in stream:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
+
+    @cached_property
+    def _part_characters(self) -> int:
+        """What one call may hold, by every model that could be the one: the languages choose it on the server."""
+        name = self._options.get("model")
+        allowed = [
+            model.limits.max_characters
+            for model in self._client.list_models()
+            if model.kind == models_pb2.MODEL_KIND_TRANSLATION and name in (None, "", model.name)
+        ]
+        return min([PART_CHARACTERS, *filter(None, allowed)])  # a model that is still loading tells no limit
 
     def show_hypotheses(self, text: str) -> None:
         """Prints every translation of a text, best first, with its score. Raises CallError."""

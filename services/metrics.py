@@ -1,4 +1,4 @@
-"""Metrics under the names that vLLM's users know, in seconds and tokens, through Ray to Prometheus."""
+"""Metrics under the names that vLLM's users know, in seconds, tokens and images, through Ray to Prometheus."""
 
 import time
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import TypeVar
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serving.engine.api import Chunk, EngineStats
+from serving.image.api import PainterStats
 from serving.translation.api import Piece, Translation, TranslatorStats
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
@@ -20,17 +21,24 @@ class _ModelMetrics:
     """What one model of one replica publishes, tagged with the model's name, whatever it does."""
 
     def __init__(self, model: str) -> None:
-        self.prompt_tokens = _tagged(Counter("prompt_tokens", "Tokens of answered prompts", _TAGS), model)
-        self.generation_tokens = _tagged(Counter("generation_tokens", "Tokens made", _TAGS), model)
         self.running = _tagged(Gauge("num_requests_running", "Sequences that are worked on", _TAGS), model)
         self.waiting = _tagged(Gauge("num_requests_waiting", "Sequences that wait for a slot", _TAGS), model)
 
-    def _show_load(self, stats: EngineStats | TranslatorStats) -> None:
+    def _show_load(self, stats: EngineStats | TranslatorStats | PainterStats) -> None:
         self.running.set(stats.num_requests_running)
         self.waiting.set(stats.num_requests_waiting)
 
 
-class ChatMetrics(_ModelMetrics):
+class _TextMetrics(_ModelMetrics):
+    """The same of a model that makes tokens out of tokens."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.prompt_tokens = _tagged(Counter("prompt_tokens", "Tokens of answered prompts", _TAGS), model)
+        self.generation_tokens = _tagged(Counter("generation_tokens", "Tokens made", _TAGS), model)
+
+
+class ChatMetrics(_TextMetrics):
     """A chat model's; a sequence is a request's answer."""
 
     def __init__(self, model: str) -> None:
@@ -45,7 +53,7 @@ class ChatMetrics(_ModelMetrics):
         self.cache_usage.set(stats.kv_cache_usage_perc)
 
 
-class TranslationMetrics(_ModelMetrics):
+class TranslationMetrics(_TextMetrics):
     """A translation model's; a sequence is a sentence."""
 
     def __init__(self, model: str) -> None:
@@ -63,6 +71,23 @@ class TranslationMetrics(_ModelMetrics):
         if tokens := sum(part.prompt_tokens for part in made):  # Ray's counters refuse 0
             self.prompt_tokens.inc(tokens)
             self.generation_tokens.inc(sum(part.completion_tokens for part in made))
+
+
+class ImageMetrics(_ModelMetrics):
+    """An image model's; a sequence is a request."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.request_time = _tagged(Histogram("e2e_request_latency_seconds", "Whole requests", *_BY_MODEL), model)
+        self.images = _tagged(Counter("generated_images", "Images of answered requests", _TAGS), model)
+
+    def show(self, stats: PainterStats) -> None:
+        self._show_load(stats)
+
+    def answered(self, started: float, images: int) -> None:
+        """As TranslationMetrics.answered."""
+        self.request_time.observe(time.perf_counter() - started)
+        self.images.inc(images)
 
 
 class RequestTimes:

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from ray.serve._private.grpc_util import get_service_names
 
 from chatforge.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
+from chatforge.v1.image_pb2_grpc import add_ImageServiceServicer_to_server
 from chatforge.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
 from chatforge.v1.translation_pb2_grpc import add_TranslationServiceServicer_to_server
 from services.errors import DETAILS_KEY, StatusError, overloaded, refuse, send, unavailable
@@ -26,6 +27,7 @@ from services.health import HEALTH_SERVICE, add_health_servicer
 APPLICATIONS = {
     "chatforge.v1.ChatService": "chat",
     "chatforge.v1.TranslationService": "translation",
+    "chatforge.v1.ImageService": "image",
     "chatforge.v1.ModelService": "models",
 }
 
@@ -40,6 +42,10 @@ def add_chat_service(servicer: Any, server: Any) -> None:
 
 def add_translation_service(servicer: Any, server: Any) -> None:
     _add(add_TranslationServiceServicer_to_server, servicer, server, "translation")
+
+
+def add_image_service(servicer: Any, server: Any) -> None:
+    _add(add_ImageServiceServicer_to_server, servicer, server, "image")
 
 
 def add_model_service(servicer: Any, server: Any) -> None:

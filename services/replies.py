@@ -2,19 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from google.protobuf.message import Message
 
-from chatforge.v1 import chat_pb2, common_pb2, translation_pb2
+from chatforge.v1 import chat_pb2, common_pb2, image_pb2, translation_pb2
+from services.transport import MAX_MESSAGE_BYTES
 
 Messages = str | Sequence[Mapping[str, str]]  # one user message, or [{"role": "user", "content": "..."}, ...]
 FinishReason = Literal["stop", "length"]
 
 _ROLES = {"system": chat_pb2.ROLE_SYSTEM, "user": chat_pb2.ROLE_USER, "assistant": chat_pb2.ROLE_ASSISTANT}
 _REASONS: dict[int, FinishReason] = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
+_SAMPLERS = {
+    "ddim": image_pb2.SAMPLER_DDIM,
+    "dpm++": image_pb2.SAMPLER_DPM_SOLVER_PP,
+    "euler": image_pb2.SAMPLER_EULER,
+}
+_FORMATS = {
+    "png": image_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": image_pb2.IMAGE_FORMAT_JPEG,
+    "webp": image_pb2.IMAGE_FORMAT_WEBP,
+}
 _Config = TypeVar("_Config", bound=Message)
 _ChatRequest = TypeVar("_ChatRequest", chat_pb2.ChatRequest, chat_pb2.StreamChatRequest)
+_Images = image_pb2.GenerateImageResponse | image_pb2.EditImageResponse
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,33 @@ class LanguagePair:
     models: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ImageReply:
+    """One picture."""
+
+    data: bytes  # the file's content
+    mime_type: str  # image/png, image/jpeg or image/webp
+    seed: int  # that it was drawn from
+    width: int  # pixels
+    height: int
+    id: str  # of the request, which the images of one call share
+    model: str
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the file; the path's ending is the caller's to choose."""
+        Path(path).write_bytes(self.data)
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """How far the images of a request are."""
+
+    step: int  # from 1
+    total: int
+    previews: tuple[bytes, ...] = ()  # small JPEGs of what the images are becoming, where they were asked for
+
+
 def chat_request(kind: type[_ChatRequest], messages: Messages, model: str, config: dict[str, Any]) -> _ChatRequest:
     """Raises ValueError for what the protos cannot hold; all else is the server's to judge."""
     if isinstance(config.get("stop"), str):
@@ -100,6 +140,51 @@ def stream_translate_request(
         target_language=target,
         config=_config(translation_pb2.TranslationConfig, config),
     )
+
+
+def generate_image_request(
+    prompt: str, negative_prompt: str, model: str, config: dict[str, Any]
+) -> image_pb2.GenerateImageRequest:
+    """Raises ValueError as `chat_request` does."""
+    return image_pb2.GenerateImageRequest(
+        model=model, prompt=prompt, negative_prompt=negative_prompt, config=_image_config(config)
+    )
+
+
+def stream_generate_image_request(
+    prompt: str, negative_prompt: str, model: str, preview_every: int, config: dict[str, Any]
+) -> image_pb2.StreamGenerateImageRequest:
+    """Raises ValueError as `chat_request` does."""
+    return image_pb2.StreamGenerateImageRequest(
+        model=model,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        preview_every=preview_every,
+        config=_image_config(config),
+    )
+
+
+def edit_image_request(
+    prompt: str, negative_prompt: str, model: str, given: dict[str, Any], config: dict[str, Any]
+) -> image_pb2.EditImageRequest:
+    """`given` has the image, its mask and the strength. Raises ValueError as `chat_request` does."""
+    size = sum(len(given[field] or b"") for field in ("image", "mask"))
+    if size > MAX_MESSAGE_BYTES:
+        limit = f"a message's {MAX_MESSAGE_BYTES}"
+        raise ValueError(f"image: {size} bytes, mask included, are more than {limit}; send a smaller one")
+    return image_pb2.EditImageRequest(
+        model=model, prompt=prompt, negative_prompt=negative_prompt, config=_image_config(config), **given
+    )
+
+
+def _image_config(config: dict[str, Any]) -> image_pb2.ImageConfig:
+    """Sampler and format are said by name: "ddim", "png"."""
+    names: dict[str, dict[str, Any]] = {"sampler": _SAMPLERS, "format": _FORMATS}
+    for field, known in names.items():
+        if (name := config.get(field)) is not None and name not in known:
+            raise ValueError(f"{field}: {name!r} is none of {', '.join(known)}")
+    said = {field: names[field][value] for field, value in config.items() if field in names and value is not None}
+    return _config(image_pb2.ImageConfig, config | said)
 
 
 def _config(kind: type[_Config], config: dict[str, Any]) -> _Config:
@@ -181,3 +266,46 @@ def streamed_translation_reply(messages: Sequence[translation_pb2.StreamTranslat
 
 def language_pairs(response: translation_pb2.ListLanguagesResponse) -> list[LanguagePair]:
     return [LanguagePair(pair.source_language, pair.target_language, tuple(pair.models)) for pair in response.pairs]
+
+
+def delta(message: Any) -> str | None:
+    """The piece of text that a stream's message brings."""
+    return message.delta or None
+
+
+def finished(message: Any) -> bool:
+    """Whether it is the last of a text's stream."""
+    return bool(message.finish_reason)
+
+
+def image_replies(response: _Images) -> list[ImageReply]:
+    return [_image_reply(response, image) for image in response.images]
+
+
+def image_event(message: image_pb2.StreamGenerateImageResponse) -> "StepProgress | ImageReply":
+    """What a stream's message brings."""
+    if message.HasField("image"):
+        return _image_reply(message, message.image)
+    progress = message.progress
+    return StepProgress(progress.step, progress.total, tuple(preview.data for preview in progress.previews))
+
+
+def is_last_image(message: image_pb2.StreamGenerateImageResponse) -> bool:
+    return message.last
+
+
+def streamed_image_replies(messages: Sequence[image_pb2.StreamGenerateImageResponse]) -> list[ImageReply]:
+    """The images that a stream's messages brought."""
+    return [_image_reply(message, message.image) for message in messages if message.HasField("image")]
+
+
+def _image_reply(response: Any, image: image_pb2.Image) -> ImageReply:
+    return ImageReply(
+        data=image.data,
+        mime_type=image.mime_type,
+        seed=image.seed,
+        width=image.width,
+        height=image.height,
+        id=response.id,
+        model=response.model,
+    )

@@ -12,9 +12,11 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
+MAX_MESSAGE_BYTES = 4 << 20  # of anything that goes over the network, either way
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _FIRST_PAUSE_S = 0.2
 
+_Piece = TypeVar("_Piece")
 _Reply = TypeVar("_Reply")
 Metadata = tuple[tuple[str, str], ...]
 
@@ -68,43 +70,52 @@ async def async_unary(call: Any, request: Any, metadata: Metadata, attempts: Att
             await asyncio.sleep(attempts.pause_after(error))
 
 
-class Collected(Generic[_Reply]):
-    """The messages of one stream so far; each has an id, a delta and, if it is the last, a finish_reason."""
+class Collected(Generic[_Piece, _Reply]):
+    """The messages of one stream so far; each has an id."""
 
-    def __init__(self, joined: Callable[[Sequence[Any]], _Reply]) -> None:
-        """`joined` makes the whole answer out of all messages."""
-        self._joined = joined
+    def __init__(
+        self,
+        piece: Callable[[Any], _Piece | None],
+        ended: Callable[[Any], bool],
+        joined: Callable[[Sequence[Any]], _Reply],
+    ) -> None:
+        """`piece` is what a message has to show, None where nothing; the last of all has `ended`.
+
+        `joined` makes the whole answer out of all messages.
+        """
+        self._piece, self._ended, self._joined = piece, ended, joined
         self._messages: list[Any] = []
 
     @property
     def started(self) -> bool:
         return bool(self._messages)
 
-    def add(self, message: Any) -> str:
-        """The message's text. An error comes with one empty message, which has no id and is none of the answer."""
-        if message.id:
-            self._messages.append(message)
-        return message.delta
+    def add(self, message: Any) -> _Piece | None:
+        """The message's piece. An error comes with one empty message, which has no id and is none of the answer."""
+        if not message.id:
+            return None
+        self._messages.append(message)
+        return self._piece(message)
 
     def reply(self) -> _Reply:
-        if not self._messages or not self._messages[-1].finish_reason:
+        if not self._messages or not self._ended(self._messages[-1]):
             raise RuntimeError("reply: the stream has not ended; iterate to its end first")
         return self._joined(self._messages)
 
 
-class Stream(Generic[_Reply]):
+class Stream(Generic[_Piece, _Reply]):
     """Iterates over the pieces of an answer; once it has ended, `reply` is the whole of it."""
 
     def __init__(
-        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Reply]
+        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, _Reply]
     ) -> None:
         self._collected = collected
         self._pieces = _pieces(call, request, metadata, attempts, collected)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[_Piece]:
         return self._pieces
 
-    def __next__(self) -> str:
+    def __next__(self) -> _Piece:
         return next(self._pieces)
 
     def close(self) -> None:
@@ -126,13 +137,13 @@ class Stream(Generic[_Reply]):
 # No method of Stream: it would refer to the stream that refers to it, and a loop that is left would cancel its call
 # only when the garbage collector comes by.
 def _pieces(
-    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[Any]
-) -> Generator[str, None, None]:
+    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, Any]
+) -> Generator[_Piece, None, None]:
     while True:
         call = open_call(request, timeout=attempts.remaining(), metadata=metadata)
         try:
             for message in call:
-                if piece := collected.add(message):
+                if (piece := collected.add(message)) is not None:
                     yield piece
             return
         except grpc.RpcError as error:
@@ -142,16 +153,16 @@ def _pieces(
         time.sleep(pause)
 
 
-class AsyncStream(Generic[_Reply]):
+class AsyncStream(Generic[_Piece, _Reply]):
     """`Stream` for asyncio."""
 
     def __init__(
-        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Reply]
+        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, _Reply]
     ) -> None:
         self._collected = collected
         self._pieces = _async_pieces(call, request, metadata, attempts, collected)
 
-    def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncIterator[_Piece]:
         return self._pieces
 
     async def aclose(self) -> None:
@@ -171,13 +182,13 @@ class AsyncStream(Generic[_Reply]):
 
 
 async def _async_pieces(
-    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[Any]
-) -> AsyncGenerator[str, None]:
+    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, Any]
+) -> AsyncGenerator[_Piece, None]:
     while True:
         call = open_call(request, timeout=attempts.remaining(), metadata=metadata)
         try:
             async for message in call:
-                if piece := collected.add(message):
+                if (piece := collected.add(message)) is not None:
                     yield piece
             return
         except grpc.RpcError as error:

@@ -52,7 +52,7 @@ def serving(folder: Path, config: dict[str, Any]) -> Iterator[Server]:
     process = start_command(["serve", "server.yaml"], folder)
     family: list[psutil.Process] = []
     try:
-        greeting = _until_ready(process, len(config.keys() & {"chat", "translation"}))
+        greeting = _until_ready(process, len(config.keys() & {"chat", "translation", "image"}))
         family = psutil.Process(process.pid).children(recursive=True)
         yield Server(f"127.0.0.1:{config['port']}", config["metrics_port"], process, greeting)
     finally:

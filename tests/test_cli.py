@@ -20,13 +20,18 @@ COMMANDS = {
     "rank": "run",
     "evaluate": "model data --from --to",
     "import": "file out",
-    "serve": "config --chat --translation --port",
+    "serve": "config --chat --translation --image --port",
     "chat": "text --server --model --system --max-new-tokens --temperature --top-p --seed",
     "translate": "text --file --from --to --server --model --num-beams --num-hypotheses",
+    "draw": (
+        "prompt --output --n --grid --width --height --steps --guidance-scale --seed --sampler --negative-prompt "
+        "--image --mask --strength --from --server --model"
+    ),
     "models": "--server",
     "health": "--server",
     "bench serve": "model",
     "bench translate": "model pairs",
+    "bench draw": "model",
     "bench train": "",
 }
 
@@ -66,10 +71,17 @@ MISTAKES = {
         "sft.batchsize: no such key; did you mean 'batch_size'?",
     ),
     "no such model": (["serve", "--chat", "nowhere"], "model 'nowhere' not found: give a folder with a config.json"),
-    "nothing to serve": (["serve"], "no model to serve; give --chat MODEL, --translation MODEL or a config file"),
+    "nothing to serve": (["serve"], "no model to serve; give --chat, --translation or --image MODEL, or a config file"),
     "no such translation model": (["serve", "--translation", "nowhere"], "model 'nowhere' not found: give a folder"),
     "two documents": (["translate", "--file", "a.txt", "text"], "a text and --file are given; give one of them"),
     "no such document": (["translate", "--file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+    "no such image model": (["serve", "--image", "nowhere"], "model 'nowhere' not found: give a folder with a model_"),
+    "a picture of another type": (["draw", "-o", "a.gif", "a cat"], "a.gif: ends in none of .png, .jpg, .jpeg, .webp"),
+    "a picture into no folder": (["draw", "-o", "no/a.png", "a cat"], "no/a.png: there is no folder no"),
+    "a mask of nothing": (["draw", "--mask", "m.png", "a cat"], "--mask: needs --image, the picture that is drawn"),
+    "strength of nothing": (["draw", "--strength", "0.5", "a cat"], "--strength: needs --image, the picture"),
+    "no such picture": (["draw", "--image", "nowhere.png", "a cat"], "nowhere.png: No such file or directory"),
+    "no such sampler": (["draw", "--sampler", "dmp", "a cat"], "sampler: 'dmp' is none of ddim, dpm++, euler"),
     "no such run": (["report", "nowhere"], "run 'nowhere' not found in runs/"),
     "no run to rank": (["rank", "nowhere"], "run 'nowhere' not found in runs/"),
     "no run to show": (["runs", "nowhere"], "run 'nowhere' not found"),

@@ -6,21 +6,38 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from services_world import environment
 
-from chatforge.v1 import chat_pb2, chat_pb2_grpc, common_pb2, translation_pb2, translation_pb2_grpc
-from services.client import AsyncClient, CallError, Client, LanguagePair
+from chatforge.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    common_pb2,
+    image_pb2,
+    image_pb2_grpc,
+    translation_pb2,
+    translation_pb2_grpc,
+)
+from services.client import AsyncClient, CallError, Client, ImageReply, LanguagePair, StepProgress
 
 UNAVAILABLE, EXHAUSTED, INTERNAL = (
     getattr(grpc.StatusCode, name) for name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL")
 )
 
 
-class Scripted(chat_pb2_grpc.ChatServiceServicer, translation_pb2_grpc.TranslationServiceServicer):
+IMAGES = [image_pb2.Image(data=bytes([i]), mime_type="image/png", seed=7 + i, width=4, height=2) for i in range(2)]
+PICTURES = [ImageReply(bytes([i]), "image/png", 7 + i, 4, 2, "r", "m") for i in range(2)]
+
+
+class Scripted(
+    chat_pb2_grpc.ChatServiceServicer,
+    translation_pb2_grpc.TranslationServiceServicer,
+    image_pb2_grpc.ImageServiceServicer,
+):
     """Fails with each of `errors` in turn, after `delivered` messages; then answers."""
 
     def __init__(self) -> None:
@@ -86,6 +103,29 @@ class Scripted(chat_pb2_grpc.ChatServiceServicer, translation_pb2_grpc.Translati
         pair = translation_pb2.LanguagePair(source_language="de", target_language="en", models=["m"])
         return translation_pb2.ListLanguagesResponse(pairs=[pair])
 
+    def GenerateImage(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        if self.errors:
+            context.abort(self.errors.pop(0), "said the script")
+        return image_pb2.GenerateImageResponse(id="r", model="m", images=IMAGES)
+
+    def StreamGenerateImage(self, request: Any, context: Any) -> Iterator[Any]:
+        self._note(request, context)
+        context.add_callback(self.cancelled.set)
+        if self.errors:
+            yield image_pb2.StreamGenerateImageResponse()
+            context.abort(self.errors.pop(0), "said the script")
+        progress = image_pb2.StepProgress(step=1, total=2, previews=[image_pb2.Image(data=b"small")])
+        yield image_pb2.StreamGenerateImageResponse(id="r", model="m", progress=progress)
+        if request.model == "endless":
+            self.cancelled.wait(30)
+        for image in IMAGES:
+            yield image_pb2.StreamGenerateImageResponse(id="r", model="m", image=image, last=image is IMAGES[-1])
+
+    def EditImage(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        return image_pb2.EditImageResponse(id="r", model="m", images=IMAGES[:1])
+
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
@@ -102,6 +142,7 @@ def address(script: Scripted) -> Iterator[str]:
         server = grpc.server(pool)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(script, server)
         translation_pb2_grpc.add_TranslationServiceServicer_to_server(script, server)
+        image_pb2_grpc.add_ImageServiceServicer_to_server(script, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield f"127.0.0.1:{port}"
@@ -252,6 +293,71 @@ async def test_the_async_client_translates_likewise(address: str, script: Script
         assert await client.list_languages() == [LanguagePair("de", "en", ("m",))]
 
 
+def test_images_are_asked_for_by_name(client: Client, script: Scripted) -> None:
+    config: dict[str, Any] = {"sampler": "dpm++", "format": "webp", "num_images": 2, "seed": None}
+    assert client.generate_image("a cat", negative_prompt="a dog", model="m", **config) == PICTURES
+    wire = image_pb2.ImageConfig(
+        sampler=image_pb2.SAMPLER_DPM_SOLVER_PP, format=image_pb2.IMAGE_FORMAT_WEBP, num_images=2
+    )
+    wanted: dict[str, Any] = {"model": "m", "prompt": "a cat", "negative_prompt": "a dog", "config": wire}
+    assert script.requests == [image_pb2.GenerateImageRequest(**wanted)]
+    assert script.metadata["application"] == "image"
+    assert (
+        client.edit_image("a cat", b"old", strength=0.5, negative_prompt="a dog", model="m", **config) == PICTURES[:1]
+    )
+    assert script.requests[1] == image_pb2.EditImageRequest(**wanted, image=b"old", strength=0.5)
+    assert not script.requests[1].HasField("mask")
+    client.edit_image("", b"old", mask=b"", width=64)
+    assert script.requests[2].HasField("mask") and script.requests[2].config.width == 64
+
+
+def test_streamed_images_come_after_their_steps(client: Client, script: Scripted) -> None:
+    script.errors = [EXHAUSTED]
+    stream = client.stream_generate_image("a cat", preview_every=3)
+    assert list(stream) == [StepProgress(1, 2, (b"small",)), *PICTURES]
+    assert stream.reply == PICTURES
+    assert len(script.requests) == 2 and script.requests[0].preview_every == 3
+    script.cancelled.clear()
+    left = client.stream_generate_image("a cat", model="endless")
+    assert next(left) == StepProgress(1, 2, (b"small",))
+    with pytest.raises(RuntimeError, match="has not ended"):
+        _ = left.reply
+    left.close()
+    assert script.cancelled.wait(10)
+
+
+async def test_the_async_client_draws_likewise(address: str, script: Scripted) -> None:
+    async with AsyncClient(address, timeout=20) as client:
+        script.errors = [UNAVAILABLE]
+        assert await client.generate_image("a cat") == PICTURES
+        stream = client.stream_generate_image("a cat")
+        assert [event async for event in stream] == [StepProgress(1, 2, (b"small",)), *PICTURES]
+        assert stream.reply == PICTURES
+        assert await client.edit_image("a cat", b"old") == PICTURES[:1]
+
+
+def test_an_image_is_saved(client: Client, tmp_path: Path) -> None:
+    assert client.generate_image("a cat")[1].save(tmp_path / "a.png").read_bytes() == b"\x01"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"sampler": "dpm"}, r"sampler: 'dpm' is none of ddim, dpm\+\+, euler"),
+        ({"format": "gif"}, "format: 'gif' is none of png, jpeg, webp"),
+        ({"steps": 3}, "steps: no such field of ImageConfig; there are: num_inference_steps"),
+    ],
+)
+def test_an_image_that_the_protos_cannot_ask_for_is_refused_here(
+    client: Client, script: Scripted, call: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        client.generate_image("a cat", **call)
+    with pytest.raises(ValueError, match="image: 4194305 bytes, mask included, are more than a message's 4194304"):
+        client.edit_image("a cat", bytes(4 << 20), mask=b"x")
+    assert script.requests == []
+
+
 def test_a_server_that_is_not_there() -> None:
     with Client("127.0.0.1:1", retries=1) as client, pytest.raises(CallError, match="UNAVAILABLE"):
         client.chat("hi")
@@ -281,6 +387,7 @@ def test_it_imports_nothing_heavy() -> None:
         "transformers",
         "pydantic",
         "numpy",
+        "PIL",
         "yaml",
         "typer",
         "services.app",

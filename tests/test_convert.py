@@ -1,13 +1,17 @@
 """Wire types and engine types: nothing is lost or invented on the way."""
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import pytest
 
-from chatforge.v1 import chat_pb2, common_pb2, translation_pb2
+from chatforge.v1 import chat_pb2, common_pb2, image_pb2, translation_pb2
 from services import convert
 from services.errors import StatusError
+from services.pictures import Encoding
 from serving.engine.api import Chunk, SamplingParams, joined
+from serving.image.api import ImageParams, Progress
 from serving.translation.api import Hypothesis, Piece, Translation, TranslationParams
 
 DEFAULTS = SamplingParams(max_new_tokens=99, temperature=0.2, top_p=0.9, top_k=7, repetition_penalty=1.1)
@@ -137,3 +141,63 @@ def test_the_last_message_tells_what_is_true_of_the_whole_document() -> None:
     assert last.usage == common_pb2.Usage(prompt_tokens=8, completion_tokens=8)
     whole = convert.last_stream_translate_response("r", "m", ("de", "en"), pieces[::2])
     assert whole.finish_reason == common_pb2.FINISH_REASON_STOP
+
+
+# ---- images
+
+
+DRAWN = ImageParams(64, 48, num_inference_steps=9, guidance_scale=2.0)
+
+
+def test_every_image_knob_arrives_and_unset_is_the_models_default() -> None:
+    knobs = {"num_inference_steps": 5, "guidance_scale": 1.5, "width": 8, "height": 16}
+    wire = image_pb2.ImageConfig(**knobs, sampler=image_pb2.SAMPLER_DPM_SOLVER_PP)
+    params = convert.image_params(wire, DRAWN, strength=0.5)
+    assert dataclasses.asdict(params) == knobs | {"sampler": "dpm++", "strength": 0.5}
+    assert convert.image_params(image_pb2.ImageConfig(), DRAWN) == DRAWN
+
+
+@pytest.mark.parametrize("value", [0.7, 7.3, 1e-3, 100.0, 1.0, 0.8, 0.1])
+def test_a_float_of_the_wire_is_what_was_typed(value: float) -> None:
+    """int(10 · 0.7) steps of an edit are 7; as float32 has it, they would be 6."""
+    assert image_pb2.EditImageRequest(strength=0.7).strength != 0.7
+    assert convert.decimal(image_pb2.EditImageRequest(strength=value).strength) == value
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"guidance_scale": float("inf")}, r"config\.guidance_scale: inf must be between 1 \(no guidance\) and 100"),
+        ({"width": -3}, r"config\.width: -3 must be at least 8"),
+        ({"sampler": 7}, r"config\.sampler: 7 is not known here; there are: 1, 2, 3"),
+    ],
+)
+def test_a_wrong_image_knob_is_named_as_the_wire_names_it(knobs: dict[str, Any], said: str) -> None:
+    with pytest.raises(StatusError, match=f"^{said}$"):
+        convert.image_params(image_pb2.ImageConfig(**knobs), DRAWN)
+
+
+def test_a_wrong_strength_is_the_requests_and_not_its_configs() -> None:
+    with pytest.raises(StatusError, match=r"^strength: 0 must be above 0 and at most 1$"):
+        convert.image_params(image_pb2.ImageConfig(), DRAWN, strength=0)
+
+
+def test_seeds_follow_the_first_and_a_fresh_one_can_be_typed_again() -> None:
+    assert convert.image_seeds(image_pb2.ImageConfig(seed=0, num_images=3)) == (0, 1, 2)
+    assert convert.image_seeds(image_pb2.ImageConfig(seed=2**63 - 1)) == (2**63 - 1,)
+    fresh = {convert.image_seeds(image_pb2.ImageConfig())[0] for _ in range(20)}
+    assert len(fresh) > 1 and all(0 <= seed < 2**32 for seed in fresh)
+
+
+def test_a_picture_is_png_unless_it_is_asked_for_otherwise() -> None:
+    config = image_pb2.ImageConfig
+    assert convert.image_encoding(config()) == Encoding("PNG")
+    assert convert.image_encoding(config(format=image_pb2.IMAGE_FORMAT_WEBP)) == Encoding("WEBP", 90)
+    assert convert.image_encoding(config(format=image_pb2.IMAGE_FORMAT_JPEG, quality=1)) == Encoding("JPEG", 1)
+
+
+def test_a_steps_previews_are_small_jpegs() -> None:
+    told = convert.step_progress(Progress(2, 9, (np.zeros((512, 256, 3), np.uint8),)))
+    assert (told.step, told.total, len(told.previews)) == (2, 9, 1)
+    preview = told.previews[0]
+    assert (preview.mime_type, preview.width, preview.height, preview.seed) == ("image/jpeg", 128, 256, 0)

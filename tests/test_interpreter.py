@@ -8,18 +8,36 @@ from typing import Any
 import grpc
 import pytest
 
+from chatforge.v1 import models_pb2
 from services.client import CallError
-from services.interpreter import Interpreter, parts, read_document
+from services.interpreter import PART_CHARACTERS, Interpreter, parts, read_document
 
 
 class Shouting:
     """Stands in for a client: a text's translation is itself in capitals, and "?" is refused."""
 
+    def __init__(self, **limits: int) -> None:
+        """`limits` are the characters that each model allows."""
+        self.limits, self.texts = limits, list[str]()
+        self.asked = 0
+
+    def list_models(self) -> list[models_pb2.Model]:
+        self.asked += 1
+        chat = models_pb2.Model(name="chat", kind=models_pb2.MODEL_KIND_CAUSAL_LM)
+        chat.limits.max_characters = 1
+        return [chat, *(_translation_model(name, limit) for name, limit in self.limits.items())]
+
     def stream_translate(self, text: str, **options: Any) -> Any:
-        assert options == {"target": "en"}
+        assert options["target"] == "en"
+        self.texts.append(text)
         if text == "?":
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "text: is no text")
         return nullcontext(iter(text.upper()))
+
+
+def _translation_model(name: str, max_characters: int) -> models_pb2.Model:
+    limits = models_pb2.ModelLimits(max_characters=max_characters)
+    return models_pb2.Model(name=name, kind=models_pb2.MODEL_KIND_TRANSLATION, limits=limits)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "a\r\nb\u2028c\n\n\n", "\n\n" * 30 + "x" * 50 + "\ny"])
@@ -77,3 +95,33 @@ def test_what_is_typed_is_translated_line_by_line(
 def test_a_document_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     Interpreter(Shouting(), target="en").translate("ä\n\n b")  # type: ignore[arg-type]
     assert capsys.readouterr().out == "Ä\n\n B"
+
+
+LINES = "".join(f"line {i:3}\n" for i in range(100))  # of 9 characters each
+
+
+@pytest.mark.parametrize(
+    ("limits", "model", "longest"),
+    [
+        ({"a": 20}, "", 18),
+        ({"a": 20, "b": 100}, "", 18),  # the languages may choose either
+        ({"a": 20, "b": 100}, "b", 99),
+        ({"a": 0, "b": 100}, "", 99),  # a model that is still loading tells nothing
+        ({"a": 10 * PART_CHARACTERS}, "", 900),
+        ({}, "", 900),
+    ],
+)
+def test_a_document_is_cut_as_the_server_allows(limits: dict[str, int], model: str, longest: int) -> None:
+    client = Shouting(**limits)
+    interpreter = Interpreter(client, target="en", model=model)  # type: ignore[arg-type]
+    interpreter.translate(LINES)
+    assert max(map(len, client.texts)) == longest and "".join(client.texts) == LINES
+    interpreter.translate(LINES)
+    assert client.asked == 1
+
+
+def test_the_server_is_not_asked_what_one_line_may_hold() -> None:
+    """It cannot be cut, whatever the answer."""
+    client = Shouting(a=3)
+    Interpreter(client, target="en").translate("a long line")  # type: ignore[arg-type]
+    assert (client.asked, client.texts) == (0, ["a long line"])

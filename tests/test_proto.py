@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from services_world import ROOT
 
-from chatforge.v1 import chat_pb2, models_pb2, translation_pb2
+from chatforge.v1 import chat_pb2, image_pb2, models_pb2, translation_pb2
 from serving.engine.api import SamplingParams
+from serving.image.api import ImageParams
 from serving.translation.api import TranslationParams
 
 PROTO = ROOT / "proto"
@@ -43,6 +44,7 @@ def test_proto_is_a_source_root_and_no_package() -> None:
     [
         (chat_pb2, "ChatService", ["Chat", "StreamChat"]),
         (translation_pb2, "TranslationService", ["Translate", "StreamTranslate", "ListLanguages"]),
+        (image_pb2, "ImageService", ["GenerateImage", "StreamGenerateImage", "EditImage"]),
         (models_pb2, "ModelService", ["ListModels", "GetModel"]),
     ],
 )
@@ -59,6 +61,8 @@ def test_unary_and_stream_take_the_same_request() -> None:
         return [(f.name, f.number, f.type) for f in message.DESCRIPTOR.fields]  # type: ignore[attr-defined]
 
     assert fields(chat_pb2.ChatRequest) == fields(chat_pb2.StreamChatRequest)
+    whole, stream = fields(image_pb2.GenerateImageRequest), fields(image_pb2.StreamGenerateImageRequest)
+    assert whole == stream[:-1] and stream[-1][0] == "preview_every"
     many, one = fields(translation_pb2.TranslateRequest), fields(translation_pb2.StreamTranslateRequest)
     assert [("text", *rest) if name == "texts" else (name, *rest) for name, *rest in many] == one
 
@@ -72,3 +76,13 @@ def test_every_knob_is_optional_and_is_that_of_serving(config: Any, params: Any)
     fields = config.DESCRIPTOR.fields
     assert all(field.has_presence or field.is_repeated for field in fields)
     assert sorted(field.name for field in fields) == sorted(params.__dataclass_fields__)
+
+
+def test_every_knob_of_an_image_is_that_of_serving_or_of_its_file() -> None:
+    """Strength is an edit's own; seeds and how many there are come to a request beside its params."""
+    config = image_pb2.ImageConfig.DESCRIPTOR
+    of_the_request = {"num_images", "seed", "format", "quality", "embed_metadata"}
+    assert {f.name for f in config.fields} - of_the_request == ImageParams.__dataclass_fields__.keys() - {"strength"}
+    zero_is_unset = {"sampler", "format", "embed_metadata"}
+    assert {field.name for field in config.fields if not field.has_presence} == zero_is_unset
+    assert image_pb2.EditImageRequest.DESCRIPTOR.fields_by_name["strength"].has_presence

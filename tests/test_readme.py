@@ -11,6 +11,7 @@ import yaml
 
 from services.config import ServerConfig
 from training.config import load_recipe
+from training.data.captions import read_captioned
 from training.data.chats import read_chats
 from training.data.pairs import read_pairs
 from training.data.prompts import read_prompts
@@ -25,6 +26,7 @@ READERS = {
     "rankings": read_rankings,
     "prompts": read_prompts,
     "pairs": lambda sources: read_pairs(sources, "de", "en"),
+    "pictures": read_captioned,
 }
 
 
@@ -70,7 +72,7 @@ def test_every_make_target_exists():
 
 
 def samples():
-    rows = re.findall(r"^\| (text|chats|rankings|prompts|pairs)\b.*?\| `(\{.*\})` \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| (text|chats|rankings|prompts|pairs|pictures)\b.*?\| `(\{.*\})` \|$", README, re.MULTILINE)
     return dict(rows)
 
 
@@ -102,8 +104,9 @@ def test_the_python_sample_calls_what_the_client_has():
     from services.client import Client
 
     (sample,) = blocks("python")
-    calls = {n.func.attr for n in ast.walk(ast.parse(sample)) if isinstance(n, ast.Call) and hasattr(n.func, "attr")}
-    assert calls and all(hasattr(Client, name) for name in calls)
+    called = [n.func for n in ast.walk(ast.parse(sample)) if isinstance(n, ast.Call)]
+    calls = {f.attr for f in called if isinstance(f, ast.Attribute) and getattr(f.value, "id", "") == "client"}
+    assert "generate_image" in calls and all(hasattr(Client, name) for name in calls)
 
 
 def test_every_linked_file_exists():

@@ -11,16 +11,20 @@ from services.config import ServerConfigError, find_model, load_config, parse_mo
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with models/mine, and the runs `whole` (sft, ppo), `half` (sft), `words` and `empty`."""
+    """A working folder with models/mine and models/sd, and the runs `whole` (sft, ppo), `half`, `words`, ..."""
     monkeypatch.chdir(tmp_path)
     model(tmp_path / "models/mine")
-    runs = {"whole": ("sft", "ppo"), "half": ("sft",), "words": ("translation",), "empty": ()}
+    pipeline(tmp_path / "models/sd")
+    runs = {
+        "whole": ("sft", "ppo"), "half": ("sft",), "words": ("translation",), "pictures": ("image",), "empty": (),
+    }  # fmt: skip
     for run, stages in runs.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "run.json").write_text("{}", "utf-8")
         for stage in stages:
             card = {"kind": "translation"} if stage == "translation" else {}
-            model(tmp_path / "runs" / run / stage / "model", **card)
+            made = tmp_path / "runs" / run / stage / "model"
+            pipeline(made, kind="text-to-image") if stage == "image" else model(made, **card)
     return tmp_path
 
 
@@ -29,6 +33,15 @@ def model(folder: Path, **card: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}", "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}), "utf-8")
+    if card:
+        (folder / "chatforge.json").write_text(json.dumps(card), "utf-8")
+    return folder
+
+
+def pipeline(folder: Path, **card: Any) -> Path:
+    """The same of a diffusers pipeline folder."""
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', "utf-8")
     if card:
         (folder / "chatforge.json").write_text(json.dumps(card), "utf-8")
     return folder
@@ -47,6 +60,9 @@ def model(folder: Path, **card: Any) -> Path:
         ("translation", "words", "words", "runs/words/translation/model"),
         ("translation", "de-en=words", "de-en", "runs/words/translation/model"),
         ("translation", "models/mine", "mine", "models/mine"),
+        ("image", "models/sd", "sd", "models/sd"),
+        ("image", "pictures", "pictures", "runs/pictures/image/model"),
+        ("image", "painter=pictures", "painter", "runs/pictures/image/model"),
     ],
 )
 def test_a_model_option_is_a_folder_or_a_run_with_or_without_a_name(
@@ -75,8 +91,19 @@ def test_a_server_may_translate_too_or_alone(folder: Path) -> None:
     assert both.services == {"chat": ["c"], "translation": ["a", "b"]}
 
 
+def test_a_server_may_draw_too_or_alone(folder: Path) -> None:
+    alone = load_config(None, image={"b": {"model": "models/sd", "max_images": 3}})
+    assert alone.services == {"image": ["b"]} and alone.image["b"].max_images == 3
+    every = {"chat": {"c": {"model": "half"}}, "translation": {"a": {"model": "words"}}}
+    assert load_config(None, **every, image={"p": {"model": "pictures"}}).services == {
+        "chat": ["c"],
+        "translation": ["a"],
+        "image": ["p"],
+    }
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({}, "^no model to serve; give --chat MODEL, --translation MODEL or a config file$"),
+    "nothing": ({}, "^no model to serve; give --chat, --translation or --image MODEL, or a config file$"),
     "unknown key": (
         {"chat": {"a": {"model": "half", "dtyp": "bf16"}}},
         r"chat\.a\.dtyp: no such key; valid: model",
@@ -103,6 +130,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "bad translation name": (
         {"translation": {"-": {"model": "words"}}},
         "translation: model name '-' must be letters",
+    ),
+    "unknown image key": (
+        {"image": {"a": {"model": "pictures", "max_steps": 2}}},
+        r"image\.a\.max_steps: no such key; valid: model, dtype",
+    ),
+    "more pixels than a message holds": (
+        {"image": {"a": {"model": "pictures", "max_pixels": 1_048_577}}},
+        r"image\.a\.max_pixels=1048577: .*less than or equal to 1048576",
+    ),
+    "one name for a translator and a painter": (
+        {"translation": {"a": {"model": "words"}}, "image": {"a": {"model": "pictures"}}},
+        "image: model name 'a' is a translation model's; give it another: --image NAME=pictures",
+    ),
+    "no such image model": (
+        {"image": {"a": {"model": "nowhere"}}},
+        r"'nowhere' not found: give a folder with a model_index\.json",
+    ),
+    "no image model yet": (
+        {"image": {"a": {"model": "half"}}},
+        "run 'half' has no image model yet: it needs its image stage",
     ),
     "no model": ({"chat": {"a": {}}}, r"chat\.a\.model: is required"),
     "bad name": ({"chat": {"a b": {"model": "half"}}}, "model name 'a b' must be letters"),
@@ -151,6 +198,15 @@ def test_folders_of_another_kind_are_refused_for_translation(folder: Path) -> No
     (made_elsewhere / "chatforge.json").write_text("[1", "utf-8")
     with pytest.raises(ServerConfigError, match=r"chatforge\.json: not a JSON object"):
         load_config(None, translation={"a": {"model": "opus"}})
+
+
+def test_folders_of_another_kind_are_refused_for_images(folder: Path) -> None:
+    with pytest.raises(ServerConfigError, match="mine: holds a causal-lm model; image needs a text-to-image model"):
+        load_config(None, image={"a": {"model": "models/mine"}})
+    with pytest.raises(ServerConfigError, match="sd: holds a text-to-image model; chat needs a causal-lm model"):
+        load_config(None, chat={"a": {"model": "models/sd"}})
+    with pytest.raises(ServerConfigError, match="sd: holds a text-to-image model; translation needs a translation"):
+        load_config(None, translation={"a": {"model": "models/sd"}})
 
 
 @pytest.mark.parametrize(

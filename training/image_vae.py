@@ -163,9 +163,7 @@ def _held_out_error(engine: Any, pictures: Pictures, config: ImageVaeConfig, run
 
 
 @torch.no_grad()
-def _write_sheet(
-    vae: Any, weights: dict[str, Tensor], train: Pictures, val: Pictures, run: Run, step: int
-) -> None:
+def _write_sheet(vae: Any, weights: dict[str, Tensor], train: Pictures, val: Pictures, run: Run, step: int) -> None:
     """Training and held-out pictures above what comes back of them: samples/step-N.png."""
     vae.load_state_dict(weights, strict=False)
     originals, remade, captions = [], [], []

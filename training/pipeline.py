@@ -322,10 +322,10 @@ def _write_manifest(run: Run, identity: dict[str, Any], seconds: float) -> None:
 
 
 def _output_hash(run: Run) -> str:
-    """Of what later stages read: the model folder, or the rankings."""
-    rankings = run.folder / "rankings.jsonl"
-    if rankings.exists():
-        return hashlib.sha256(rankings.read_bytes()).hexdigest()
+    """Of what the stage has made: rankings, an evaluation, or else the model folder."""
+    for name in ("rankings.jsonl", "evaluation.json"):
+        if (run.folder / name).exists():
+            return hashlib.sha256((run.folder / name).read_bytes()).hexdigest()
     return _folder_hash(run.model)
 
 

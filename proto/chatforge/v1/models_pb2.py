@@ -24,31 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hatforge/v1/models.proto\x12\x0c\x63hatforge.v1\"\x95\x01\n\x0bModelLimits\x12\x16\n\x0e\x63ontext_tokens\x18\x01 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x03 \x01(\x05\x12\x16\n\x0emax_characters\x18\x04 \x01(\x05\x12\x11\n\tmax_texts\x18\x05 \x01(\x05\x12\x15\n\rmax_num_beams\x18\x06 \x01(\x05\":\n\x0cModelLineage\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\"\x81\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.chatforge.v1.ModelKind\x12\x10\n\x08revision\x18\x03 \x01(\t\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.chatforge.v1.ModelLimits\x12+\n\x07lineage\x18\x05 \x01(\x0b\x32\x1a.chatforge.v1.ModelLineage\x12\'\n\x05state\x18\x06 \x01(\x0e\x32\x18.chatforge.v1.ModelState\x12\x17\n\x0fsource_language\x18\x07 \x01(\t\x12\x17\n\x0ftarget_language\x18\x08 \x01(\t\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.chatforge.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.chatforge.v1.Model*\x92\x01\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_CAUSAL_LM\x10\x01\x12\x15\n\x11MODEL_KIND_REWARD\x10\x02\x12\x1a\n\x16MODEL_KIND_TRANSLATION\x10\x03\x12\x1c\n\x18MODEL_KIND_TEXT_TO_IMAGE\x10\x04*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x32\xaa\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.chatforge.v1.ListModelsRequest\x1a .chatforge.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.chatforge.v1.GetModelRequest\x1a\x1e.chatforge.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hatforge/v1/models.proto\x12\x0c\x63hatforge.v1\"\xf8\x01\n\x0bModelLimits\x12\x16\n\x0e\x63ontext_tokens\x18\x01 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x03 \x01(\x05\x12\x16\n\x0emax_characters\x18\x04 \x01(\x05\x12\x11\n\tmax_texts\x18\x05 \x01(\x05\x12\x15\n\rmax_num_beams\x18\x06 \x01(\x05\x12\x12\n\nmax_images\x18\x07 \x01(\x05\x12\x12\n\nmax_pixels\x18\x08 \x01(\x05\x12\x1f\n\x17max_num_inference_steps\x18\t \x01(\x05\x12\x18\n\x10max_upload_bytes\x18\n \x01(\x05\":\n\x0cModelLineage\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\"\x81\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.chatforge.v1.ModelKind\x12\x10\n\x08revision\x18\x03 \x01(\t\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.chatforge.v1.ModelLimits\x12+\n\x07lineage\x18\x05 \x01(\x0b\x32\x1a.chatforge.v1.ModelLineage\x12\'\n\x05state\x18\x06 \x01(\x0e\x32\x18.chatforge.v1.ModelState\x12\x17\n\x0fsource_language\x18\x07 \x01(\t\x12\x17\n\x0ftarget_language\x18\x08 \x01(\t\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.chatforge.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.chatforge.v1.Model*\x92\x01\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_CAUSAL_LM\x10\x01\x12\x15\n\x11MODEL_KIND_REWARD\x10\x02\x12\x1a\n\x16MODEL_KIND_TRANSLATION\x10\x03\x12\x1c\n\x18MODEL_KIND_TEXT_TO_IMAGE\x10\x04*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x32\xaa\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.chatforge.v1.ListModelsRequest\x1a .chatforge.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.chatforge.v1.GetModelRequest\x1a\x1e.chatforge.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chatforge.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELKIND']._serialized_start=685
-  _globals['_MODELKIND']._serialized_end=831
-  _globals['_MODELSTATE']._serialized_start=833
-  _globals['_MODELSTATE']._serialized_end=946
+  _globals['_MODELKIND']._serialized_start=784
+  _globals['_MODELKIND']._serialized_end=930
+  _globals['_MODELSTATE']._serialized_start=932
+  _globals['_MODELSTATE']._serialized_end=1045
   _globals['_MODELLIMITS']._serialized_start=44
-  _globals['_MODELLIMITS']._serialized_end=193
-  _globals['_MODELLINEAGE']._serialized_start=195
-  _globals['_MODELLINEAGE']._serialized_end=253
-  _globals['_MODEL']._serialized_start=256
-  _globals['_MODEL']._serialized_end=513
-  _globals['_LISTMODELSREQUEST']._serialized_start=515
-  _globals['_LISTMODELSREQUEST']._serialized_end=534
-  _globals['_LISTMODELSRESPONSE']._serialized_start=536
-  _globals['_LISTMODELSRESPONSE']._serialized_end=593
-  _globals['_GETMODELREQUEST']._serialized_start=595
-  _globals['_GETMODELREQUEST']._serialized_end=626
-  _globals['_GETMODELRESPONSE']._serialized_start=628
-  _globals['_GETMODELRESPONSE']._serialized_end=682
-  _globals['_MODELSERVICE']._serialized_start=949
-  _globals['_MODELSERVICE']._serialized_end=1119
+  _globals['_MODELLIMITS']._serialized_end=292
+  _globals['_MODELLINEAGE']._serialized_start=294
+  _globals['_MODELLINEAGE']._serialized_end=352
+  _globals['_MODEL']._serialized_start=355
+  _globals['_MODEL']._serialized_end=612
+  _globals['_LISTMODELSREQUEST']._serialized_start=614
+  _globals['_LISTMODELSREQUEST']._serialized_end=633
+  _globals['_LISTMODELSRESPONSE']._serialized_start=635
+  _globals['_LISTMODELSRESPONSE']._serialized_end=692
+  _globals['_GETMODELREQUEST']._serialized_start=694
+  _globals['_GETMODELREQUEST']._serialized_end=725
+  _globals['_GETMODELRESPONSE']._serialized_start=727
+  _globals['_GETMODELRESPONSE']._serialized_end=781
+  _globals['_MODELSERVICE']._serialized_start=1048
+  _globals['_MODELSERVICE']._serialized_end=1218
 # @@protoc_insertion_point(module_scope)

@@ -32,20 +32,28 @@ MODEL_STATE_READY: ModelState
 MODEL_STATE_FAILED: ModelState
 
 class ModelLimits(_message.Message):
-    __slots__ = ("context_tokens", "max_new_tokens", "max_messages", "max_characters", "max_texts", "max_num_beams")
+    __slots__ = ("context_tokens", "max_new_tokens", "max_messages", "max_characters", "max_texts", "max_num_beams", "max_images", "max_pixels", "max_num_inference_steps", "max_upload_bytes")
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_TEXTS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BEAMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     context_tokens: int
     max_new_tokens: int
     max_messages: int
     max_characters: int
     max_texts: int
     max_num_beams: int
-    def __init__(self, context_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters: _Optional[int] = ..., max_texts: _Optional[int] = ..., max_num_beams: _Optional[int] = ...) -> None: ...
+    max_images: int
+    max_pixels: int
+    max_num_inference_steps: int
+    max_upload_bytes: int
+    def __init__(self, context_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters: _Optional[int] = ..., max_texts: _Optional[int] = ..., max_num_beams: _Optional[int] = ..., max_images: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_num_inference_steps: _Optional[int] = ..., max_upload_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelLineage(_message.Message):
     __slots__ = ("run", "stage", "source")

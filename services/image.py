@@ -1,0 +1,98 @@
+"""The servicer of ImageService: one Serve deployment, whose replicas each hold every image model.
+
+A stream sends a message a step, far fewer than Serve's proxy forwards: nothing is coalesced as chat's tokens are.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+
+from chatforge.v1.image_pb2 import (
+    EditImageRequest,
+    EditImageResponse,
+    GenerateImageRequest,
+    GenerateImageResponse,
+    Image,
+    StreamGenerateImageRequest,
+    StreamGenerateImageResponse,
+)
+from chatforge.v1.models_pb2 import Model
+from services import convert
+from services.choice import choose_name
+from services.config import ImageModelConfig
+from services.errors import answers, invalid
+from services.image_model import ImageModel, Order, Prompts
+from services.metrics import ImageMetrics
+from services.threads import give_away_the_pool
+from serving.image.api import Progress
+
+
+class ImageService:
+    """Draws; its methods are the RPCs of chatforge.v1.ImageService."""
+
+    def __init__(self, models: dict[str, ImageModelConfig], device: str = "cpu") -> None:
+        """Loads every model. Raises ValueError where a folder cannot be served."""
+        threads = give_away_the_pool()
+        self._models = {name: ImageModel(name, config, device, threads) for name, config in models.items()}
+        self._metrics = {name: ImageMetrics(name) for name in models}
+
+    @answers(GenerateImageResponse)
+    async def GenerateImage(
+        self, request: GenerateImageRequest, grpc_context: Any, request_id: str
+    ) -> GenerateImageResponse:
+        model = self._model(request)
+        order = model.prepare(request)
+        model.check_fits(order, "use StreamGenerateImage, or ask for fewer or smaller ones")
+        return GenerateImageResponse(id=request_id, model=model.name, images=await self._drawn(model, order))
+
+    @answers(StreamGenerateImageResponse)
+    async def StreamGenerateImage(
+        self, request: StreamGenerateImageRequest, grpc_context: Any, request_id: str
+    ) -> AsyncIterator[StreamGenerateImageResponse]:
+        model = self._model(request)
+        if request.preview_every < 0:
+            raise invalid("preview_every", f"{request.preview_every} must be 0 (never) or more")
+        order = model.prepare(request)
+        started = time.perf_counter()
+        images: Sequence[np.ndarray] = ()
+        async with aclosing(model.painter.stream(order.request, request.preview_every)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Progress):
+                    progress = await asyncio.to_thread(convert.step_progress, event)
+                    yield StreamGenerateImageResponse(id=request_id, model=model.name, progress=progress)
+                else:
+                    images = event
+        for i, pixels in enumerate(images):
+            (image,) = await asyncio.to_thread(model.write, order, [pixels], i)
+            last = i == len(images) - 1
+            yield StreamGenerateImageResponse(id=request_id, model=model.name, image=image, last=last)
+        self._metrics[model.name].answered(started, len(images))
+
+    @answers(EditImageResponse)
+    async def EditImage(self, request: EditImageRequest, grpc_context: Any, request_id: str) -> EditImageResponse:
+        model = self._model(request)
+        order = await model.prepare_edit(request)
+        model.check_fits(order, "ask for fewer or smaller ones")
+        return EditImageResponse(id=request_id, model=model.name, images=await self._drawn(model, order))
+
+    def describe(self) -> list[Model]:
+        """Every model's card, for ModelService."""
+        return [model.proto() for model in self._models.values()]
+
+    def check_health(self) -> None:
+        """Serve calls this every few seconds; what it sees goes out as gauges."""
+        for name, model in self._models.items():
+            self._metrics[name].show(model.painter.stats())
+
+    def _model(self, request: Prompts) -> ImageModel:
+        return self._models[choose_name("model", request.model, self._models)]
+
+    async def _drawn(self, model: ImageModel, order: Order) -> list[Image]:
+        started = time.perf_counter()
+        images = await asyncio.to_thread(model.write, order, await model.painter.draw(order.request))
+        self._metrics[model.name].answered(started, len(images))
+        return images
