@@ -24,7 +24,7 @@ QUESTIONS = ("Hello! How are you today?", "What do you like to do in summer?")
 # Of its training; held out, of words that it knows; held out, of a word that it has never seen.
 PHRASES = "grinsendes gesicht\nhandballspieler dunkle hautfarbe\nschmetterling"
 PROMPTS = ("cat", "rocket")
-GERMAN_PROMPT = "roter apfel"  # goes through the translator
+GERMAN_PROMPT = "grüner apfel"  # goes through the translator
 OURS, THEIRS = "tiny", "smollm2"
 
 

@@ -71,29 +71,18 @@ def finish(process, folder, name):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder):
-    finish(start(folder, "undisturbed"), folder, "undisturbed")
+def begun(folder):
+    """The run that nobody disturbs goes on beside the one that is killed: to start workers is mostly to wait."""
+    process = start(folder, "undisturbed")
+    yield process
+    if process.poll() is None:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, begun):
+    finish(begun, folder, "undisturbed")
     return folder / "runs" / "undisturbed"
-
-
-def test_every_stage_leaves_a_manifest_and_metrics(undisturbed):
-    for stage in STAGES:
-        assert (undisturbed / stage / "manifest.json").exists()
-    for stage in TRAINED:
-        assert list((undisturbed / stage / "model").rglob("*model.safetensors"))
-        assert not (undisturbed / stage / "checkpoints").exists()
-
-
-def test_the_same_command_again_has_nothing_to_do(undisturbed, folder):
-    finish(start(folder, "undisturbed"), folder, "undisturbed")
-    assert "nothing to do: every stage is done" in (folder / "undisturbed.log").read_text()
-
-
-def test_a_report_can_be_drawn(undisturbed):
-    from training.report import write_report
-
-    page = write_report(undisturbed).read_text("utf-8")
-    assert re.search("ppo", page, re.IGNORECASE)
 
 
 def descendants(process, name):
@@ -161,7 +150,7 @@ REST = [(stage, [kind for kind in KILLS if kind not in dict(PLAN)[stage]]) for s
 
 
 @pytest.mark.timeout(3000)
-def test_killed_in_every_stage_it_finishes_with_the_same_losses(undisturbed, folder):
+def test_killed_in_every_stage_it_finishes_with_the_same_losses(begun, folder, request):
     process = start(folder, "killed")
     for stage, kinds in REST if os.environ.get("KILL") == "rest" else PLAN:
         run = Run(folder / "runs" / "killed", stage)
@@ -173,6 +162,7 @@ def test_killed_in_every_stage_it_finishes_with_the_same_losses(undisturbed, fol
             if kind != "worker":
                 process = start(folder, "killed")
     finish(process, folder, "killed")
+    undisturbed = request.getfixturevalue("undisturbed")
     for stage in TRAINED:
         assert trajectory(folder / "runs" / "killed", stage) == trajectory(undisturbed, stage)
 
@@ -182,6 +172,26 @@ def trajectory(root: Path, stage):
     lines = Run(root, stage).metrics()
     timing = re.compile("time|per_second")
     return [{k: v for k, v in line.items() if not timing.search(k)} for line in lines]
+
+
+def test_every_stage_leaves_a_manifest_and_metrics(undisturbed):
+    for stage in STAGES:
+        assert (undisturbed / stage / "manifest.json").exists()
+    for stage in TRAINED:
+        assert list((undisturbed / stage / "model").rglob("*model.safetensors"))
+        assert not (undisturbed / stage / "checkpoints").exists()
+
+
+def test_the_same_command_again_has_nothing_to_do(undisturbed, folder):
+    finish(start(folder, "undisturbed"), folder, "undisturbed")
+    assert "nothing to do: every stage is done" in (folder / "undisturbed.log").read_text()
+
+
+def test_a_report_can_be_drawn(undisturbed):
+    from training.report import write_report
+
+    page = write_report(undisturbed).read_text("utf-8")
+    assert re.search("ppo", page, re.IGNORECASE)
 
 
 def test_ctrl_c_ends_with_130_and_leaves_no_process(folder):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from training import figures
@@ -15,6 +16,7 @@ from training.page import Html, tag
 from training.report import figure, write_report
 from training.report_tables import duration, number
 from training.run import StageError, write_atomic
+from training.sheet import write_sheet
 
 _TURNS = ("user", "assistant", "user")
 ATTACK = "<script>alert('x')</script>"
@@ -58,6 +60,7 @@ def _evaluation() -> dict[str, Any]:
             ],
         },
         "translation": _translation(),
+        "image": _image(),
         "warnings": [f"Warned {ATTACK}"],
     }  # fmt: skip
 
@@ -70,6 +73,14 @@ def _translation() -> dict[str, Any]:
         "sources": [{"name": f"Pairs {ATTACK}", "pairs": 20, **scores}, {"name": "all", "pairs": 20, **scores}],
         "over_copy": _estimate(20.0), "over_dictionary": _estimate(1.0), "exact": {"all": _estimate(0.5)},
         "samples": [row], "attention": {"source": [ATTACK, "b"], "target": ["c"], "weights": [[0.25, 0.75]]},
+    }  # fmt: skip
+
+
+def _image() -> dict[str, Any]:
+    matches = {f"match_{k}": {**_estimate(0.75), "chance": 0.01} for k in (1, 5)}
+    return {
+        "features": f"features {ATTACK}", "near": [1, 5], "pictures": 64, "frechet": 3.5, "frechet_of_real": 1.25,
+        "trained": {"n": 48, **matches}, "held_out": {"n": 16, **matches},
     }  # fmt: skip
 
 
@@ -87,6 +98,7 @@ def run(tmp_path: Path) -> Path:
     """A whole run of the tiny recipe, with hostile text wherever a model, a file or a person may put some."""
     root = tmp_path / "tiny<b>"
     hostile = [f"rank.prompts=['{ATTACK.replace(chr(39), chr(34))}']", "translation={pairs: [a], steps: 10}"]
+    hostile += ["image_vae={images: [a], steps: 10}", "image={images: [a], steps: 10}"]
     recipe = load_recipe("tiny", hostile)
     write_atomic(root / "run.json", recipe.model_dump_json())
     for stage in recipe.stages:
@@ -101,13 +113,16 @@ def run(tmp_path: Path) -> Path:
     record = {"prompt": f"Rank {ATTACK}", "completions": completions, "ranking": [3, 1, 2]}
     _write_lines(root / "rank" / "rankings.jsonl", [{**record, "ranking": [1, 1, 1]}, record])
     write_atomic(root / "evaluate" / "evaluation.json", json.dumps(_evaluation()))
+    sheet = [np.zeros((8, 8, 3), np.uint8)], [ATTACK]
+    for path in ("evaluate/drawings.png", *(f"image/samples/step-{step:08d}.png" for step in range(6))):
+        write_sheet(root / path, [sheet[0]], sheet[1])
     return root
 
 
 class _Page(HTMLParser):
     """Checks that elements nest, and collects ids, elements, attributes and the words of the page."""
 
-    VOID = frozenset({"meta", "path", "use", "rect"})
+    VOID = frozenset({"meta", "path", "use", "rect", "img"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -153,7 +168,7 @@ def test_what_models_and_files_say_is_text_and_never_markup(run: Path) -> None:
 def test_the_page_fetches_nothing(run: Path) -> None:
     attributes = _page(run).attributes
     links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
-    assert all(value.startswith("#") for value in links)
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in links)
     assert not any(name.startswith("on") for name, _ in attributes)
     assert not re.search(r"@import|url\((?!#)", run.joinpath("report.html").read_text("utf-8"))
 
@@ -169,7 +184,7 @@ def test_numbers_have_their_place_and_their_error(run: Path) -> None:
     words = _page(run).words
     assert words.count("97.3% ± 2.0%") == 2  # SFT and PPO
     assert "+0.379 ± 0.020" in words and "8.600 ± 0.020" in words and "1.557 ± 0.020" in words
-    assert "8 min 8 s" in words  # of eight stages, 61 s each
+    assert "10 min 10 s" in words  # of ten stages, 61 s each
     assert "✗ not above both baselines" in words  # 0.014 is within two errors
     assert "✓ beyond chance" in words and "✓ at least 95%" in words
     assert "reward hacking" in words  # distinct-2 fell from 0.7 to 0.4
@@ -180,6 +195,16 @@ def test_every_curve_of_every_stage_is_drawn_in_the_pages_colours(run: Path) -> 
     assert page.elements.count("svg") == sum(map(len, figures.PANELS.values()))
     text = run.joinpath("report.html").read_text("utf-8")
     assert "var(--first)" in text and "#01020" not in text
+
+
+def test_drawings_and_four_of_the_sheets_are_in_the_page(run: Path) -> None:
+    page = _page(run)
+    assert page.elements.count("img") == 5
+    assert f"features {ATTACK}" in page.words and "75.0% ± 2.0%" in page.words
+    shown = [int(step) for step in re.findall(r"Step (\d+)", page.words)]
+    assert shown == [0, 1, 3, 5]  # the first, the last, and those between that are evenly spread
+    (run / "evaluate" / "drawings.png").unlink()
+    assert "(not drawn)" in _page(run).words
 
 
 def test_the_ranking_shown_is_the_one_with_an_order_best_first(run: Path) -> None:

@@ -264,6 +264,8 @@ def remarks(result: Json, recipe: Recipe) -> list[str]:
             "The image model draws in the one style of its pictures, and what it was shown: a drawing that equals its "
             "nearest training picture is remembered, not invented."
         )
+        if any(source.startswith("sample:openmoji") for source in recipe.image.images):
+            out.append("The pictures are OpenMoji's, the open-source emoji and icon project; licence CC BY-SA 4.0.")
     judge = result.get("settings", {}).get("judge") or (recipe.rank.judge if recipe.rank else None)
     if judge == "vader" and result.get("answers"):
         ranked = recipe.rank is not None and recipe.rank.judge == judge
