@@ -141,10 +141,10 @@ PLAN = [
     ("pretrain", ["worker"]),
     ("sft", ["driver"]),
     ("reward", ["ray"]),
-    ("ppo", ["worker", "driver"]),
+    ("ppo", ["worker"]),
     ("translation", []),
     ("image_vae", []),
-    ("image", ["worker"]),
+    ("image", []),
 ]
 REST = [(stage, [kind for kind in KILLS if kind not in dict(PLAN)[stage]]) for stage in TRAINED]
 
