@@ -117,7 +117,7 @@ def _draw(client: Client, folder: Path) -> None:
     """A few prompts over gRPC, each into a file of its own."""
     (english,) = in_english(client, [GERMAN_PROMPT], "de")
     typer.echo(
-        f"The image model has learnt to draw 64 things, and nothing else. “{GERMAN_PROMPT}” goes to the translator\n"
+        f"The image model has learnt to draw sixty things, and nothing else. “{GERMAN_PROMPT}” goes to the translator\n"
         f"first, which makes “{english}” of it.\n"
     )
     for prompt in (english, *PROMPTS):

@@ -206,6 +206,18 @@ def test_a_folder_that_is_there_is_fine_tuned(make_run, tmp_path, family, lora):
     assert all(torch.equal(frozen[name], w) for name, w in after.text_encoder.state_dict().items())
 
 
+def test_latents_are_known_by_the_weights_and_settings_that_made_them(tmp_path):
+    start = tiny_folder(tmp_path / "start")
+    one, same, other = (load_components(start).vae for _ in range(3))
+    other.register_to_config(scaling_factor=2 * one.config.scaling_factor)
+    assert image.digest_of(one) == image.digest_of(same) != image.digest_of(other)
+    with torch.no_grad():
+        next(same.parameters()).add_(1.0)
+    assert image.digest_of(one) != image.digest_of(same)
+    one.save_pretrained(tmp_path / "elsewhere")
+    assert image.digest_of(AutoencoderKL.from_pretrained(tmp_path / "elsewhere")) == image.digest_of(one)
+
+
 def test_captions_are_dropped_as_often_as_is_said(make_run):
     config, run = make_run(caption_dropout=0.5)
     image._prepare(config, run)

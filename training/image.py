@@ -10,6 +10,7 @@ which the first worker's memory does not hold a second copy, to draw with.
 
 import copy
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,7 @@ class Data:
         self._ids, self._mask = tokens["input_ids"], tokens["attention_mask"]
         self._states = None
         if captions_are_cached(config):
-            parents = [digest_of(parts.text_encoder), str(self._ids.tolist())]
+            parents = [digest_of(parts.text_encoder), str(parts.is_unet), str(self._ids.tolist())]
             folder = cached(run, "captions", parents, lambda to: _write_states(self._captions, parts, to))
             self._states = np.load(folder / "states.npy", mmap_mode="r")
 
@@ -162,9 +163,9 @@ class Data:
 
 def digest_of(module: Any) -> str:
     """Of a model's weights and settings."""
-    digest = hashlib.sha256(
-        module.config.to_json_string().encode() if hasattr(module.config, "to_json_string") else b""
-    )
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it was loaded
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
