@@ -1,11 +1,14 @@
 """Tables for the terminal: runs, their stages, models, measures."""
 
+import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from rich.table import Table
 
 from chatforge.v1 import models_pb2
+from services.dashboard import Job
 
 
 def runs_table(runs: Iterable[dict[str, Any]]) -> Table:
@@ -43,6 +46,16 @@ def models_table(models: Iterable[models_pb2.Model]) -> Table:
             kind += f", {model.source_language} to {model.target_language}"
         context = str(model.limits.context_tokens or "")
         table.add_row(model.name, state.lower(), kind, model.revision, context, made)
+    return table
+
+
+def jobs_table(jobs: Iterable[Job]) -> Table:
+    table = Table("job", "run", "recipe", "state", "started", "took", box=None)
+    for job in jobs:
+        state = job.status.lower() + (f", exit code {job.exit_code}" if job.exit_code else "")
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+        took = timedelta(seconds=round((job.ended or time.time()) - job.started))
+        table.add_row(job.id, job.run, job.recipe, state, started, str(took))
     return table
 
 

@@ -5,6 +5,7 @@
     pictures/  pictures/metadata.jsonl  shard-*.tar  pictures.npz    captioned pictures (captions.py)
     hub:owner/name[/subset][:split]                                  a data set of the Hugging Face hub; split: train
     sample:chitchat                                                  demo data out of an installed package (samples.py)
+    s3://bucket/chats.jsonl                                          any of the files, globs and twins (copies.py)
 
 Imports nothing heavy, so that a pipeline can check and fingerprint its sources before anything starts.
 """
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from training.copies import content_id, local_copy
 from training.data import archives
 from training.data.records import DataError, Fields
+from training.store import is_uri
 
 Parsed = TypeVar("Parsed")
 
@@ -31,10 +34,10 @@ METADATA = "metadata.jsonl"  # in a folder of pictures: a line for each, with it
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of a recipe's list, known to exist (hub: known to be well formed)."""
+    """One entry of a recipe's list, known to exist (hub and URI: not yet looked at)."""
 
     name: str  # as the recipe has it
-    kind: Literal["files", "twins", "hub", "sample"]
+    kind: Literal["files", "twins", "hub", "sample", "uri"]
     paths: tuple[Path, ...] = ()  # files: sorted; twins: in the order of the braces
 
 
@@ -44,7 +47,7 @@ def resolve(sources: Sequence[str]) -> list[Source]:
 
 
 def fingerprint(sources: Sequence[str]) -> dict[str, str]:
-    """Source -> what its content is: sha256 of files, revision of a hub data set, package version of a sample.
+    """Source -> what its content is: sha256 of files, etags at a URI, revision of a hub data set, version of a sample.
 
     Manifests hold it, so a stage whose data changed is stale. Raises DataError as `resolve` does.
     """
@@ -70,7 +73,7 @@ def read_placed(sources: Sequence[str], parse: Callable[[str, Fields], Iterable[
             try:
                 parsed = list(parse(where, _fields(row)))
             except ValueError as error:
-                first = first or f"{where}: {error}"
+                first = first or f"{where}: {error}" + (f" (a copy of {source.name})" if source.kind == "uri" else "")
                 bad += 1
                 continue
             yield from parsed
@@ -101,6 +104,8 @@ def _resolve(name: str) -> Source:
 
         samples.check(rest)
         return Source(name, "sample")
+    if is_uri(name):
+        return Source(name, "uri")
     if braces := _BRACES.search(name):
         return Source(name, "twins", _twin_files(name, braces))
     return Source(name, "files", _matching_files(name))
@@ -154,14 +159,16 @@ def _content_id(source: Source) -> str:
         return samples.version(source.name.removeprefix("sample:"))
     if source.kind == "hub":
         return _hub_revision(source.name)
+    if source.kind == "uri":
+        return content_id(source.name)
     whole = hashlib.sha256()
-    for path in itertools.chain.from_iterable(map(_with_pictures, source.paths)):
+    for path in itertools.chain.from_iterable(map(with_pictures, source.paths)):
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{whole.hexdigest()}"
 
 
-def _with_pictures(path: Path) -> Iterator[Path]:
+def with_pictures(path: Path) -> Iterator[Path]:
     """A file, and the files that its records are read from beside it: what is there of them."""
     yield path
     if path.suffix == ".npz":
@@ -194,6 +201,8 @@ def _rows(source: Source) -> Iterator[tuple[str, bytes | Fields]]:
         yield from _twin_rows(source)
     elif source.kind == "hub":
         yield from _hub_rows(source.name)
+    elif source.kind == "uri":
+        yield from _rows(_resolve(str(local_copy(source.name))))
     else:
         for path in source.paths:
             yield from _READERS[_format(path)](path)
