@@ -22,7 +22,7 @@ def test_every_shipped_recipe_is_valid(name):
 
 
 def test_stages_are_the_recipe_fields_that_hold_a_stage():
-    settings = {"name", "seed", "workers", "device", "val_fraction"}
+    settings = {"name", "seed", "workers", "device", "val_fraction", "env"}
     assert set(STAGES) == set(Recipe.model_fields) - settings
 
 

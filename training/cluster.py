@@ -5,23 +5,27 @@ a worker, of the driver and of the whole of Ray are one case.
 """
 
 import importlib
-import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from training import placement
 from training.config import ConfigError, StageConfig
 from training.device import ENVIRONMENT, backend, choose_device
+from training.notice import stopped_by_sigterm
 from training.progress import Progress
-from training.run import Run, StageCrashed, StageError, write_atomic
+from training.run import Run, StageCrashed, StageError, StageInterrupted
 
 RESTARTS = 3  # of the workers, before a stage is given up
 
@@ -31,7 +35,8 @@ _RAY = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a recipe's relative paths are those of where the command was given
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
 
 
@@ -77,74 +82,153 @@ def resolve_device(requested: str, workers: int) -> str:
     return choose_device(requested, int(ray.cluster_resources().get("GPU", 0)), workers)
 
 
-def run_stage(config: StageConfig, run: Run) -> None:
-    """Runs `training.STAGE.run(config, run)` on `run.workers` workers and shows its progress.
+def run_stage(config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int = 0) -> None:
+    """Runs `training.STAGE.run(config, run)` on the most of `counts` workers that there is room for; shows progress.
 
-    Raises StageError or ConfigError as the stage did, StageCrashed when workers died more than RESTARTS times.
+    After a crash, and after a notice that a node will go, it goes on from its checkpoint on what is left.
+    `state_bytes` is what weights and optimiser take together. Raises StageError or ConfigError as the stage did,
+    StageError where the cluster has no room, StageCrashed when workers died more than RESTARTS times,
+    StageInterrupted after SIGTERM.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    _failure(run).unlink(missing_ok=True)
     done = threading.Event()
-    with Progress(run, done):
+    with Progress(run, done), stopped_by_sigterm(run):
         try:
-            _fit(config, run)
+            _until_done(config, run, counts, state_bytes)
         finally:
             done.set()
-    if _failure(run).exists():
-        failure = json.loads(_failure(run).read_text("utf-8"))
-        raise (ConfigError if failure["kind"] == "ConfigError" else StageError)(failure["message"])
 
 
-def _fit(config: StageConfig, run: Run) -> None:
+def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int) -> None:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import TrainingFailedError
 
-    cpus = max(1, int(ray.cluster_resources()["CPU"]) // run.workers)
+    crashes, end, began = 0, "", False
+    while end != _DONE:
+        try:
+            workers, need = _place(run, counts, state_bytes, again=began)
+            began = True
+            if len(counts) > 1:
+                print(f"{run.stage}: {workers} workers of {need}", flush=True)
+            end, message = _fit(config, replace(run, workers=workers), need)
+        except TrainingFailedError as error:
+            crashes += 1
+            if crashes > RESTARTS:
+                log = run.folder / "worker-0.log"
+                raise StageCrashed(
+                    f"{run.stage} failed after {RESTARTS} restarts: {_cause(error)}; see {log}"
+                ) from error
+            print(f"{run.stage}: a worker died ({_cause(error)}); starts again", flush=True)
+            continue
+        except ray.exceptions.RayError as error:
+            raise StageCrashed(f"{run.stage}: Ray went away ({_cause(error)}); run the same command again") from error
+        if end in _MISTAKES:
+            raise _MISTAKES[end](message)
+        if end == _STOPPED:
+            raise StageInterrupted(stopped=True)
+        if end == _PREEMPTED:
+            print(f"{run.stage}: a node is about to go; starts again from its checkpoint", flush=True)
+
+
+def _place(run: Run, counts: Sequence[int], state_bytes: int, again: bool) -> tuple[int, placement.Need]:
+    """How many workers, and what each gets. Waits for nodes, up to a minute; then raises what is missing."""
+    deadline = time.monotonic() + placement.WAIT
+    told = False
+    while True:
+        nodes = _nodes(only_answering=again)
+        # ZeRO-0 keeps the whole state in every worker; what the other levels save is not counted on here.
+        need = placement.Need(gpus=int(run.device == "cuda"), memory=0 if run.device == "cuda" else state_bytes)
+        workers = placement.most_workers(nodes, counts, need)
+        if workers is not None:
+            return workers, placement.with_all_cpus(nodes, workers, need)
+        shortage = placement.shortage(run.stage, nodes, counts, need)
+        if time.monotonic() > deadline:
+            raise (StageCrashed if again else StageError)(shortage)
+        if not told:
+            print(f"{shortage}. Waits {placement.WAIT:.0f} s for them", flush=True)
+            told = True
+        time.sleep(1.0)
+
+
+def _nodes(only_answering: bool) -> placement.Nodes:
+    """What every living node has. Ray takes some seconds to see that one has died: then it is asked itself."""
+    import ray
+
+    leaving = ray._private.state.state.get_draining_nodes()  # Ray has no public way to ask
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    if only_answering:
+        alive = [node for node in alive if _answers(node["NodeManagerAddress"], node["NodeManagerPort"])]
+    return {f"{node['NodeManagerAddress']}#{node['NodeID'][:6]}": node["Resources"] for node in alive}
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]:
+    """One life of a group of workers: how it ended, and what was said. Raises TrainingFailedError when one died."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from training.rendezvous import Rendezvous
+
     storage = _scratch()
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]
         train_loop_config={"config": config, "run": run},
-        torch_config=TorchConfig(backend=backend(run.device)),
+        torch_config=Rendezvous(backend=backend(run.device)),
         scaling_config=ScalingConfig(
-            num_workers=run.workers, use_gpu=run.device == "cuda", resources_per_worker={"CPU": cpus}
+            num_workers=run.workers, use_gpu=run.device == "cuda", resources_per_worker=need.resources
         ),
         # A name that Ray knows would resume that run's state silently: ours is in the run folder, so it gets a new one.
         run_config=RunConfig(
-            name=Path(storage).name, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
+            name=Path(storage).name,
+            storage_path=storage,
+            # We start it again ourselves.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
         ),
     )
     # Ray's own Ctrl-C handler ends the process with 0 or 1, as it happens; Python's raises KeyboardInterrupt.
     trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        log = run.folder / "worker-0.log"
-        raise StageCrashed(f"{run.stage} failed after {RESTARTS} restarts: {_cause(error)}; see {log}") from error
-    except ray.exceptions.RayError as error:
-        raise StageCrashed(f"{run.stage}: Ray went away ({_cause(error)}); run the same command again") from error
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # rank 0's
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
 
-def _worker(arguments: dict[str, Any]) -> None:
-    """What each Ray Train worker executes."""
+_DONE, _STOPPED, _PREEMPTED = "done", "stopped", "preempted"
+_MISTAKES = {"StageError": StageError, "ConfigError": ConfigError}
+
+
+def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
+    """What each Ray Train worker executes; how it ended, and what is to be said of it."""
     config, run = arguments["config"], arguments["run"]
     os.environ.update(ENVIRONMENT)
     _log_to(run.folder / f"worker-{run.rank}.log")
+    from training import zero
+
     stage = importlib.import_module(f"training.{run.stage}")
     try:
-        stage.run(config, run)
-    except (StageError, ConfigError) as error:
-        # Not raised: no restart can mend it.
-        if run.rank == 0:
-            write_atomic(_failure(run), json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        with zero.mirrored(config, run) as settings:
+            stage.run(settings, run)
+    except ConfigError as error:  # returned and not raised, as those below: no restart can mend it
+        return "ConfigError", str(error)
+    except StageError as error:
+        return "StageError", str(error)
+    except StageInterrupted as interrupted:
+        return _STOPPED if interrupted.stopped else _PREEMPTED, ""
+    return _DONE, ""
 
 
 def _log_to(path: Path) -> None:
     """Everything this process prints, native libraries included, goes on in the run folder."""
     sys.stdout.flush()
     sys.stderr.flush()
+    path.parent.mkdir(parents=True, exist_ok=True)  # this node's disk may be another than the driver's
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -163,10 +247,6 @@ def _sweep() -> None:
         pid = folder.name.split("-")[1]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _failure(run: Run) -> Path:
-    return run.folder / "failure.json"
 
 
 def _cause(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -391,9 +391,10 @@ class Recipe(StageConfig):
 
     name: str
     seed: int = 1
-    workers: Positive = 1
+    workers: int | str = 1  # 2..8: as many as there is room for
     device: Literal["auto", "cpu", "cuda"] = "auto"
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05  # held out of every stage: documents, chats, prompts
+    env: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]] = []  # variables whose values `submit` takes along
     tokenizer: TokenizerConfig | None = None
     pretrain: PretrainConfig | None = None
     sft: SFTConfig | None = None
@@ -410,6 +411,30 @@ class Recipe(StageConfig):
         """The stages this recipe has, in the order they run."""
         fields = ((name, getattr(self, name)) for name in STAGES)
         return {name: config for name, config in fields if config is not None}
+
+    @property
+    def worker_range(self) -> range:
+        """The least to the most workers of a training stage; one number where `workers` is one."""
+        least, _, most = str(self.workers).partition("..")
+        return range(int(least), int(most or least) + 1)
+
+    @model_validator(mode="after")
+    def _averages_are_whole(self) -> Self:
+        for name, config in (("image_vae", self.image_vae), ("image", self.image)):
+            if config and config.zero_stage == 3 and len(self.worker_range) > 1:
+                raise ValueError(
+                    f"{name}.zero_stage=3 with workers={self.workers}: averaged weights would be in as many parts as "
+                    "there are workers; take zero_stage 2, or one number of workers"
+                )
+        return self
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _counts_workers(cls, workers: Any) -> int | str:
+        found = re.fullmatch(r"([1-9]\d*)(?:\.\.([1-9]\d*))?", str(workers))
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise ValueError("must be a number above 0, or the least and the most of them as in 2..8")
+        return int(found[1]) if found[2] is None else found[0]
 
 
 STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "translation", "image_vae", "image", "evaluate")

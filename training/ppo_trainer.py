@@ -21,7 +21,7 @@ from transformers import PrinterCallback
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from training import ppo_math, zero
+from training import notice, ppo_math, zero
 from training.config import PPOConfig
 from training.ppo_models import Episodes, logprobs, logprobs_and_entropy, state_values
 from training.ppo_rollout import Rollouts
@@ -304,7 +304,8 @@ class PPOTrainer(_BaseTrainer):
 
     def is_checkpoint(self, rollout: int) -> bool:
         steps = self.args.num_ppo_epochs * self.args.num_mini_batches
-        return rollout % max(1, self.args.checkpoint_every // steps) == 0
+        asked = zero.heard(self.run) != notice.NOTHING
+        return asked or rollout % max(1, self.args.checkpoint_every // steps) == 0
 
     def save_checkpoint(self, rollout: int) -> None:
         """Policy, critic, both optimisers and schedules, KL controller; the rollout's number is the data position."""
@@ -325,7 +326,7 @@ class PPOTrainer(_BaseTrainer):
         if folder is None:
             return 0
         for name in ("policy", "critic"):
-            getattr(self.models, name).load_checkpoint(str(folder / name), tag=CHECKPOINT)
+            zero.load(getattr(self.models, name), folder / name, CHECKPOINT, self.run)
         self.progress = PPOProgress(**json.loads((folder / "progress.json").read_text("utf-8")))
         self.kl.coef = self.progress.kl_coef
         zero.restore_random_state(self.run, folder)

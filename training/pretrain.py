@@ -60,7 +60,7 @@ def run(config: PretrainConfig, run: Run) -> None:
             windows = len(val) if taken == config.steps else VAL_WINDOWS
             metrics["val_bits_per_byte"] = bits_per_byte(engine, val, config.micro_batch_size, run, windows)
         run.log(taken, config.steps, **metrics)
-        if taken % config.checkpoint_every == 0 and taken < config.steps:
+        if zero.checkpoint_is_due(config, run, taken, config.steps):
             zero.save_checkpoint(run, taken, lambda folder: engine.save_checkpoint(str(folder), tag="deepspeed"))
     zero.export(engine, run, tokenizer, kind="causal-lm")
 

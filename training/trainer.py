@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 from peft import LoraConfig as PeftLoraConfig
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from training import zero
+from training import disks, notice, zero
 from training.config import LoraConfig, TrainingConfig
 from training.device import backend
 from training.run import Run
@@ -39,7 +39,7 @@ def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float)
         "optim": "adamw_torch",
         "bf16": False,  # DeepSpeed's torch_autocast does it
         "gradient_checkpointing": False,
-        "deepspeed": zero.deepspeed_config(config, run.workers),
+        "deepspeed": zero.deepspeed_config(config, run),
         "accelerator_config": {"use_configured_state": True},
         "dataloader_pin_memory": run.device == "cuda",
         "logging_strategy": "steps",
@@ -65,6 +65,8 @@ def fit(trainer: Trainer, run: Run) -> None:
     """Train to the end, from the newest checkpoint where there is one."""
     latest = run.latest_checkpoint()
     run.rewind(latest[0] if latest else 0)
+    if latest and zero.is_resized(run):
+        disks.on_each_disk(run, lambda: zero.make_universal(latest[1], (latest[1] / "latest").read_text()))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_RunCallback(trainer, run))
     trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)
@@ -79,7 +81,10 @@ class _RunCallback(TrainerCallback):
         self._last: tuple[float, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert isinstance(self._trainer.model_wrapped, DeepSpeedEngine), "the trainer runs without DeepSpeed"
+        engine = self._trainer.model_wrapped
+        assert isinstance(engine, DeepSpeedEngine), "the trainer runs without DeepSpeed"
+        if engine.load_universal_checkpoint():  # which has happened by now
+            zero.mend_universal(engine, (args.weight_decay, 0.0))  # transformers' two groups
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "eval_loss" in logs:
@@ -91,6 +96,10 @@ class _RunCallback(TrainerCallback):
         if rate:
             kept["tokens_per_second"] = rate
         self._run.log(state.global_step, state.max_steps, **kept)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if zero.heard(self._run) != notice.NOTHING:
+            control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """transformers writes checkpoint-N in place; what it wrote whole becomes a checkpoint under our name."""

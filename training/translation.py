@@ -79,7 +79,7 @@ def run(config: TranslationConfig, run: Run) -> None:
             metrics["val_loss"] = _held_out_loss(engine, val, run)
             metrics["val_chrf"] = validation.measure(engine, taken)
         run.log(taken, config.steps, **metrics)
-        if taken % config.checkpoint_every == 0 and taken < config.steps:
+        if zero.checkpoint_is_due(config, run, taken, config.steps):
             zero.save_checkpoint(run, taken, lambda folder: engine.save_checkpoint(str(folder), tag="deepspeed"))
     validation.export()
 

@@ -1,0 +1,127 @@
+"""Training over several Ray nodes: the laptop's losses, nodes that die and join, a request that cannot be met."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from nodes import cluster
+
+from training.run import Run
+
+WAIT = 240  # seconds for one thing to happen, on a busy machine
+SIZES = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 128, "tokens": 8 * 128 * 40}
+SHARED = {"batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 4, "dtype": "fp32", "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with cluster(nodes=2, cpus=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_world):
+    folder = tmp_path_factory.mktemp("cluster")
+    recipe = {
+        "name": "nano",
+        "seed": 5,
+        "val_fraction": 0.2,
+        "tokenizer": {"text": [str(tiny_world.corpus)], "vocab_size": 512},
+        "pretrain": {"text": [str(tiny_world.corpus)], **SIZES, **SHARED},
+    }
+    (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    return folder
+
+
+def start(folder, name, *words, before=(), env=None):
+    log = (folder / f"{name}.log").open("a")
+    command = [*before, sys.executable, "-m", "services.cli", "train", "nano.yaml", "--run", name, *words]
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=env, start_new_session=True)
+
+
+def said(folder, name):
+    return (folder / f"{name}.log").read_text()
+
+
+def finish(process, folder, name, code=0):
+    assert process.wait(WAIT) == code, said(folder, name)[-3000:]
+
+
+def wait_for(happened, process, what):
+    deadline = time.monotonic() + WAIT
+    while not happened():
+        assert process.poll() is None, f"the driver ended before {what}"
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
+def wait_for_step(folder, name, step, process):
+    run = Run(folder / "runs" / name, "pretrain")
+    wait_for(lambda: any(line["step"] >= step for line in run.metrics()), process, f"step {step}")
+
+
+def losses(folder, name):
+    return [line["loss"] for line in Run(folder / "runs" / name, "pretrain").metrics()]
+
+
+@pytest.fixture(scope="module")
+def laptop(folder):
+    """The losses of one worker on a Ray of its own."""
+    process = start(folder, "laptop")
+    finish(process, folder, "laptop")
+    return losses(folder, "laptop")
+
+
+@pytest.mark.timeout(1200)
+def test_a_worker_on_each_of_two_nodes_gives_the_losses_of_the_laptop(nodes, folder, laptop):
+    process = start(folder, "two", "--workers", "2", before=nodes.command(0), env=nodes.env)
+    finish(process, folder, "two")
+    assert losses(folder, "two") == pytest.approx(laptop, abs=1e-3)
+
+
+@pytest.mark.timeout(1200)
+def test_stopped_by_sigterm_it_goes_on_from_the_step_it_was_at(nodes, folder, laptop):
+    rare = ("--workers", "2", "--set", "pretrain.checkpoint_every=1000")
+    process = start(folder, "stopped", *rare, before=nodes.command(0), env=nodes.env)
+    wait_for_step(folder, "stopped", 3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process, folder, "stopped", code=143)
+    assert "stopped after a checkpoint; the same command goes on" in said(folder, "stopped")
+    step, _ = Run(folder / "runs" / "stopped", "pretrain").latest_checkpoint()
+    assert step >= 3
+    finish(start(folder, "stopped", *rare, before=nodes.command(0), env=nodes.env), folder, "stopped")
+    assert f"goes on from step {step}" in said(folder, "stopped")
+    assert losses(folder, "stopped") == pytest.approx(laptop, abs=1e-3)
+
+
+@pytest.mark.timeout(1200)
+def test_too_many_workers_are_refused_with_what_is_missing(nodes, folder):
+    env = {**nodes.env, "CHATFORGE_PLACEMENT_TIMEOUT_S": "2"}
+    process = start(
+        folder, "many", "--workers", "4", "--set", "pretrain.micro_batch_size=2", before=nodes.command(0), env=env
+    )
+    finish(process, folder, "many", code=2)
+    missing = r"error: pretrain: needs 4 workers of 1 CPU.*the cluster holds 2 .*Missing: 2 more CPU"
+    assert re.search(missing, said(folder, "many")), said(folder, "many")
+
+
+@pytest.mark.timeout(1200)
+def test_a_node_is_lost_and_another_joins(nodes, folder, laptop):
+    """With 1..2 workers the loss of a node leaves one; a run that needs two waits for the node that joins."""
+    process = start(folder, "lost", "--workers", "1..2", before=nodes.command(0), env=nodes.env)
+    wait_for_step(folder, "lost", 6, process)
+    nodes.kill(1)
+    finish(process, folder, "lost")
+    assert re.search("pretrain: 2 workers .*a worker died .*pretrain: 1 workers", said(folder, "lost"), re.DOTALL)
+    assert losses(folder, "lost") == pytest.approx(laptop, abs=1e-3)
+
+    process = start(folder, "joined", "--workers", "2", before=nodes.command(0), env=nodes.env)
+    wait_for(lambda: "Missing: 1 more CPU" in said(folder, "joined"), process, "it says what is missing")
+    nodes.add()
+    finish(process, folder, "joined")
+    assert losses(folder, "joined") == pytest.approx(laptop, abs=1e-3)
