@@ -4,9 +4,7 @@ A stage is identified by its config, the content of its inputs, what its parents
 manifest with the same identity means done; checkpoints of the same identity mean it goes on; anything else starts anew.
 """
 
-import hashlib
 import json
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from training import mirror
 from training.config import (
     PIXELS,
     ConfigError,
     ImageConfig,
     ImageVaeConfig,
+    OptimizerConfig,
     PPOConfig,
     PretrainConfig,
     RankConfig,
@@ -33,11 +33,11 @@ from training.config import (
     padded_vocab,
 )
 from training.data.sources import fingerprint
-from training.run import Run, StageError, write_atomic
+from training.hashes import model_id, output_hash
+from training.run import Run, StageError
+from training.store import check, is_uri
 
 RUNS = Path("runs")
-# The others take one worker.
-GRADIENT_STAGES = frozenset({"pretrain", "sft", "reward", "ppo", "translation", "image_vae", "image"})
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "tokenizers", "diffusers")
 
 # What each stage reads of the stages before it, where its config does not name another model.
@@ -68,72 +68,113 @@ class PlannedStage:
     derived: str  # parameters, tokens, steps, batch arithmetic
 
 
-def train(recipe: Recipe, runs: Path = RUNS, only: str | None = None, say: Callable[[str], None] = print) -> Path:
+def train(recipe: Recipe, runs: str | Path = RUNS, only: str | None = None, say: Callable[[str], None] = print) -> Path:
     """Run what is not done of a recipe, in order, and return the run's folder.
 
-    `only` runs that one stage alone. Raises ConfigError or StageError before or at the stage that cannot succeed; what
-    was finished stays, and the same call goes on from there.
+    `runs` is a folder that all nodes share, or a URI, of which this disk gets a copy. `only` runs that one stage alone.
+    Raises ConfigError, StageError or StoreError before or at the stage that cannot succeed; what was finished stays,
+    and the same call goes on from there.
     """
     from training import cluster
 
-    root = runs / recipe.name
+    root, store = mirror.locate(runs, recipe.name)
     if only and only not in recipe.stages:
         raise ConfigError(f"stage {only!r} is not in recipe {recipe.name!r}, which has: {', '.join(recipe.stages)}")
+    if store:
+        check(store)
     plans = plan(recipe, runs)
     say(describe(recipe, plans))
     todo = [p.name for p in plans if p.state != "done" and only in (None, p.name)]
     if not todo:
         say("nothing to do: every stage is done")
         return root
-    write_atomic(root / "run.json", recipe.model_dump_json(indent=2) + "\n")
+    mirror.write_file(root, store, "run.json", recipe.model_dump_json(indent=2) + "\n")
     with cluster.ray_session():
-        device = cluster.resolve_device(recipe.device, recipe.workers)
+        device = cluster.resolve_device(recipe.device, recipe.worker_range.start)
         for name in todo:
-            _run_stage(recipe, root, name, device, say)
+            _run_stage(recipe, stage_run(recipe, root, name, device, store), say)
     return root
 
 
-def _run_stage(recipe: Recipe, root: Path, name: str, device: str, say: Callable[[str], None]) -> None:
+def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
     from training import cluster
 
-    config = recipe.stages[name]
-    run = stage_run(recipe, root, name, device)
-    identity = _identity(recipe, root, name)
-    state, why = _state(root, name, identity)
+    name, config = run.stage, recipe.stages[run.stage]
+    identity = _identity(recipe, run.root, name)
+    state, why = _state(run, identity)
     if state == "done":  # a parent ran again and made the very same thing
         say(f"{name}: already done")
         return
     if state != "resume":
-        shutil.rmtree(run.folder, ignore_errors=True)
-    write_atomic(run.folder / "started.json", json.dumps(identity, indent=2) + "\n")
-    say(f"{name}: {'goes on ' + why if state == 'resume' else 'starts'} on {run.workers} × {device}")
+        mirror.forget_stage(run)
+    mirror.write_file(run.root, run.store, f"{name}/started.json", json.dumps(identity, indent=2) + "\n")
+    say(f"{name}: {'goes on ' + why if state == 'resume' else 'starts'} on {run.workers} × {run.device}")
     started = time.time()
-    cluster.run_stage(config, run)
+    cluster.run_stage(config, run, worker_counts(recipe, config), state_bytes(recipe, config))
+    mirror.pull_files(run.root, run.store)
     _write_manifest(run, identity, time.time() - started)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)  # done: nothing will go on from them
+    mirror.forget_checkpoints(run)  # done: nothing will go on from them
     say(f"{name}: done in {time.time() - started:.0f} s  {_brief(run.final_metrics())}")
 
 
-def stage_run(recipe: Recipe, root: Path, name: str, device: str = "cpu") -> Run:
-    workers = recipe.workers if name in GRADIENT_STAGES else 1
-    return Run(root.resolve(), name, recipe.seed, workers, device, recipe.val_fraction)
+def stage_run(recipe: Recipe, root: Path, name: str, device: str = "cpu", store: str | None = None) -> Run:
+    workers = worker_counts(recipe, recipe.stages[name])[-1]
+    return Run(root.resolve(), name, recipe.seed, workers, device, recipe.val_fraction, store)
+
+
+def worker_counts(recipe: Recipe, config: StageConfig) -> list[int]:
+    """The numbers of workers that a stage can run on, ascending: of a range those by which its batches divide."""
+    if not isinstance(config, TrainingConfig | TranslationConfig):
+        return [1]
+    counts = [count for count in recipe.worker_range if _divides(config, count)]
+    if not counts:
+        _check_batch(config, recipe.worker_range[-1])
+    return counts
+
+
+def _divides(config: TrainingConfig | TranslationConfig, workers: int) -> bool:
+    try:
+        _check_batch(config, workers)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_batch(config: TrainingConfig | TranslationConfig, workers: int) -> None:
+    """Raises ConfigError where batches do not divide among so many workers."""
+    config.gradient_accumulation_steps(workers)
+    if isinstance(config, PPOConfig):
+        config.mini_batch(workers)
+
+
+def state_bytes(recipe: Recipe, config: StageConfig) -> int:
+    """Parameters, gradients and both of Adam's moments in fp32, where a model's size follows from its config; else 0.
+
+    What ZeRO does not shard is here; activations come on top.
+    """
+    if isinstance(config, PretrainConfig) and recipe.tokenizer:
+        return 16 * config.parameters(padded_vocab(recipe.tokenizer.vocab_size))
+    if isinstance(config, TranslationConfig) and not config.model:
+        return 16 * config.parameters(padded_vocab(config.vocab_size))
+    return 0
 
 
 # ---- the plan
 
 
-def plan(recipe: Recipe, runs: Path = RUNS) -> list[PlannedStage]:
+def plan(recipe: Recipe, runs: str | Path = RUNS) -> list[PlannedStage]:
     """Every stage with its state and derived numbers; checks all that can be checked before anything runs."""
     if not recipe.stages:
         raise ConfigError(f"recipe {recipe.name!r} has no stages")
-    root = runs / recipe.name
+    root, store = mirror.locate(runs, recipe.name)
+    mirror.pull_files(root, store)
     planned: list[PlannedStage] = []
     again: set[str] = set()
     for name, config in recipe.stages.items():
         _check_parents(recipe, root, name)
         _check_models(config, name)
         numbers = derived(recipe, config)
-        state, why = _state(root, name, _identity(recipe, root, name))
+        state, why = _state(stage_run(recipe, root, name, store=store), _identity(recipe, root, name))
         waits = sorted(again & _parents(recipe, name).keys())
         if waits and state in ("done", "resume"):
             state, why = "stale", f"{', '.join(waits)} will run again"
@@ -186,7 +227,7 @@ def _parameters(recipe: Recipe, config: PretrainConfig) -> str:
 
 
 def _translation(recipe: Recipe, config: TranslationConfig) -> str:
-    passes = config.gradient_accumulation_steps(recipe.workers)
+    passes = config.gradient_accumulation_steps(worker_counts(recipe, config)[-1])
     lora = f", LoRA r={config.lora.r}" if config.lora else ""
     what = f"from {config.model}{lora}" if config.model else ""
     what = what or f"{_millions(config.parameters(padded_vocab(config.vocab_size)))} parameters"
@@ -207,7 +248,7 @@ def _millions(count: int) -> str:
 
 
 def _batch(recipe: Recipe, config: TrainingConfig) -> str:
-    accumulation = config.gradient_accumulation_steps(recipe.workers)
+    accumulation = config.gradient_accumulation_steps(worker_counts(recipe, config)[-1])
     parts = f"workers {recipe.workers} × micro {config.micro_batch_size} × accumulation {accumulation}"
     return f"{config.batch_size} ({parts})"
 
@@ -233,6 +274,7 @@ def _check_models(config: StageConfig, name: str) -> None:
         if (
             model
             and model != PIXELS
+            and not is_uri(model)
             and not Path(model).is_dir()
             and (model.startswith((".", "/", "~")) or model.count("/") > 1)
         ):
@@ -251,9 +293,9 @@ def _is_named(config: StageConfig, field: str | None) -> bool:
     return bool(field and (getattr(config, field, None) or brought))
 
 
-def _state(root: Path, name: str, identity: dict[str, Any]) -> tuple[State, str]:
-    manifest = _read_json(root / name / "manifest.json")
-    started = _read_json(root / name / "started.json")
+def _state(run: Run, identity: dict[str, Any]) -> tuple[State, str]:
+    manifest = _read_json(run.folder / "manifest.json")
+    started = _read_json(run.folder / "started.json")
     if manifest:
         difference = _difference(manifest["identity"], identity)
         return ("stale", difference) if difference else ("done", "")
@@ -262,8 +304,8 @@ def _state(root: Path, name: str, identity: dict[str, Any]) -> tuple[State, str]
     difference = _difference(started, identity)
     if difference:
         return "stale", difference
-    latest = Run(root, name).latest_checkpoint()
-    return "resume", f"from step {latest[0]}" if latest else "from what it has"
+    step = mirror.newest_step(run)
+    return "resume", "from what it has" if step is None else f"from step {step}"
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
@@ -287,13 +329,12 @@ def _identity(recipe: Recipe, root: Path, name: str) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=set(config.runtime))
     sources = [s for field in SOURCES for s in (settings.get(field) or []) if name != "evaluate"]
     models = [settings[f] for f in MODELS if settings.get(f)]
-    run = stage_run(recipe, root, name)
     return {
         "config": settings,
-        "inputs": {**fingerprint(sources), **{m: _folder_hash(Path(m)) for m in models}},
+        "inputs": {**fingerprint(sources), **{m: model_id(m) for m in models}},
         "parents": {parent: _made_by(root, parent) for parent in _parents(recipe, name)},
         "seed": recipe.seed,
-        "workers": run.workers,
+        "workers": recipe.workers if isinstance(config, OptimizerConfig) else 1,
         "val_fraction": recipe.val_fraction,
     }
 
@@ -310,7 +351,7 @@ def _write_manifest(run: Run, identity: dict[str, Any], seconds: float) -> None:
     manifest = {
         "stage": run.stage,
         "identity": identity,
-        "output": _output_hash(run),
+        "output": output_hash(run),
         "device": run.device,
         "versions": {name: version(name) for name in LIBRARIES},
         "commit": _git_commit(),
@@ -318,27 +359,7 @@ def _write_manifest(run: Run, identity: dict[str, Any], seconds: float) -> None:
         "seconds": round(seconds, 1),
         "metrics": run.final_metrics(),
     }
-    write_atomic(run.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-
-
-def _output_hash(run: Run) -> str:
-    """Of what the stage has made: rankings, an evaluation, or else the model folder."""
-    for name in ("rankings.jsonl", "evaluation.json"):
-        if (run.folder / name).exists():
-            return hashlib.sha256((run.folder / name).read_bytes()).hexdigest()
-    return _folder_hash(run.model)
-
-
-def _folder_hash(folder: Path) -> str:
-    """Content of every file; a hub name, which is no folder, stands for itself."""
-    if not folder.is_dir():
-        return str(folder)
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "chatforge.json"):
-        digest.update(f"{path.relative_to(folder)}\0".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    mirror.write_file(run.root, run.store, f"{run.stage}/manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _git_commit() -> str | None:
@@ -350,9 +371,16 @@ def _git_commit() -> str | None:
 # ---- what runs there are
 
 
-def list_runs(runs: Path = RUNS) -> list[dict[str, Any]]:
-    """Name, stages done and time of every run."""
-    return [describe_run(path.parent) for path in sorted(runs.glob("*/run.json"))]
+def list_runs(runs: str | Path = RUNS) -> list[dict[str, Any]]:
+    """Name, stages done and time of every run, in a folder or at a URI."""
+    return [describe_run(run_folder(runs, name)) for name in mirror.names(runs)]
+
+
+def run_folder(runs: str | Path, name: str) -> Path:
+    """Where a run's small files are on this disk: fetched, if `runs` is a URI."""
+    root, store = mirror.locate(runs, name)
+    mirror.pull_files(root, store)
+    return root
 
 
 def describe_run(root: Path) -> dict[str, Any]:

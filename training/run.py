@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ class StageCrashed(RuntimeError):
     """A stage whose workers died too often, or that lost Ray under it; the same command goes on."""
 
 
+class StageInterrupted(RuntimeError):
+    """A stage that was told to leave, and has made a checkpoint; `stopped` by its user, or else preempted."""
+
+    def __init__(self, stopped: bool) -> None:
+        super().__init__(f"{'stopped' if stopped else 'preempted'} after a checkpoint; the same command goes on")
+        self.stopped = stopped
+
+
 @dataclass(frozen=True)
 class Run:
     """One stage inside one run, as every worker of the stage sees it."""
@@ -40,6 +48,7 @@ class Run:
     workers: int = 1
     device: str = "cpu"  # resolved: cpu or cuda
     val_fraction: float = 0.05
+    store: str | None = None  # the URI that `root` mirrors (mirror.py)
 
     @property
     def folder(self) -> Path:
@@ -59,7 +68,7 @@ class Run:
 
     def of(self, stage: str) -> "Run":
         """The same run seen from another stage, to read what that one left."""
-        return Run(self.root, stage, self.seed, self.workers, self.device, self.val_fraction)
+        return replace(self, stage=stage)
 
     def log(self, step: int, total: int, **metrics: float) -> None:
         """One line of metrics.jsonl and one TensorBoard step; rank 0 alone writes.
@@ -112,12 +121,12 @@ def _tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """The old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -153,10 +162,11 @@ def commit_folder(temporary: Path, path: Path) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every complete line; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text("utf-8").split("\n")[:-1]  # what follows the last newline is not whole
-    return [json.loads(line) for line in lines]
+    return parse_jsonl(path.read_text("utf-8")) if path.exists() else []
+
+
+def parse_jsonl(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last newline is not whole
 
 
 def save_model(run: Run, write: Callable[[Path], None], kind: str, **about: Any) -> None:

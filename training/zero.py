@@ -5,12 +5,13 @@ where they are. bf16 is DeepSpeed's torch_autocast: weights, their master copy a
 tensors under ZeRO 0 to 3 (Rajbhandari et al. 2020), and matrix products run in bf16.
 """
 
+import argparse
 import os
 import random
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from training.config import TrainingConfig, TranslationConfig
+from training import disks, mirror, notice
+from training.config import StageConfig, TrainingConfig, TranslationConfig
+from training.copies import local_copy
 from training.device import ENVIRONMENT, backend
-from training.run import Run, StageError, commit_folder, save_model
+from training.pipeline import MODELS, PARENTS
+from training.run import Run, StageInterrupted, commit_folder, folder_atomic, save_model
+from training.store import is_uri
 
 Config = TrainingConfig | TranslationConfig
+WORKERS = "workers"  # the file of a checkpoint that says how many have written it
+UNIVERSAL = "universal"
 T = TypeVar("T")
 
 
@@ -56,17 +63,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def deepspeed_config(config: Config, workers: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, run: Run) -> dict[str, Any]:
     """The stage's settings as DeepSpeed takes them."""
     return {
         # It only counts with this; a batch of tokens has no fixed number of sequences.
         "train_micro_batch_size_per_gpu": config.micro_batch_size if isinstance(config, TrainingConfig) else 1,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps(workers),
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(run.workers),
         "gradient_clipping": config.max_grad_norm,
         "torch_autocast": {"enabled": config.dtype == "bf16", "dtype": "bfloat16"},
         "zero_optimization": {"stage": config.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": config.zero_stage > 0 and is_resized(run)},
         "steps_per_print": 10**9,
     }
 
@@ -95,7 +103,7 @@ def initialize(
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=deepspeed_config(config, run.workers)
+        model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=deepspeed_config(config, run)
     )
     return engine
 
@@ -108,18 +116,43 @@ def barrier() -> None:
 def on_first(run: Run, make: Callable[[], T]) -> T | None:
     """What `make` returns on rank 0, None elsewhere; all ranks call it, and what it raises is raised on every one.
 
-    Only StageError travels so: without it the others would wait for a rank that has given up.
+    The folders that `make` leaves in the stage's are on every rank's disk afterwards.
     """
-    made, told = None, [""]
-    if run.rank == 0:
-        try:
-            made = make()
-        except StageError as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told, 0)
-    if told[0]:
-        raise StageError(told[0])
+
+    def make_and_send() -> T:
+        made = make()
+        if run.store:
+            mirror.push_prepared(run)
+        return made
+
+    made = disks.on_rank_0(run, make_and_send)
+    if run.store:
+        disks.on_each_disk(run, lambda: mirror.pull_prepared(run) if run.rank else None)
     return made
+
+
+@contextmanager
+def mirrored(config: StageConfig, run: Run) -> Iterator[StageConfig]:
+    """Around a stage on every worker: before it, this disk gets what the run's store has; after it, the reverse.
+
+    Yields the config with the models that it names by URIs as folders of this disk. Raises StoreError.
+    """
+    models = {f: str(local_copy(uri)) for f in MODELS if (uri := getattr(config, f, None)) and is_uri(uri)}
+    config = config.model_copy(update=models)
+    if run.store is None:
+        yield config
+        return
+    if run.workers > 1:
+        init_distributed(run.device)
+    disks.on_each_disk(run, lambda: mirror.pull_stage(run, PARENTS[run.stage]))
+    try:
+        with mirror.sending_files(run) if run.rank == 0 else nullcontext():
+            yield config
+            if run.rank == 0:
+                mirror.push_results(run)
+    finally:
+        if disks.keeps_disk(run):
+            mirror.push_logs(run)
 
 
 def mean_over_workers(value: float) -> float:
@@ -136,13 +169,28 @@ def sum_over_workers(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def checkpoint_is_due(config: Config, run: Run, taken: int, steps: int) -> bool:
+    """Whether to save after `taken` of `steps` steps: in its turn, or because somebody asked; all ranks call it."""
+    return taken < steps and (heard(run) != notice.NOTHING or taken % config.checkpoint_every == 0)
+
+
+def heard(run: Run) -> int:
+    """The greatest notice (training.notice) that any worker has got; all ranks call it."""
+    told = notice.heard(run)
+    if run.workers == 1:
+        return told
+    most = torch.tensor(told, device=_collective_device())
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most.item())
+
+
 def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> None:
     """All ranks call it; `write` puts every rank's part into one folder, which then appears whole under its name.
 
     Each rank's random state goes along. The checkpoint before it is deleted once the new one is there.
     """
     temporary = run.checkpoints / "writing.tmp"
-    if run.rank == 0:
+    if disks.keeps_disk(run):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
@@ -152,15 +200,24 @@ def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> None:
 
 
 def adopt_checkpoint(run: Run, step: int, written: Path) -> None:
-    """Make a folder that all ranks have written to the newest checkpoint, by one rename; all ranks call it."""
-    barrier()
+    """Make a folder that all ranks have written to the newest checkpoint, by one rename; all ranks call it.
+
+    Raises StageInterrupted where somebody has asked the stage to leave: this is what it goes on from.
+    """
     if run.rank == 0:
+        (written / WORKERS).write_text(str(run.workers))
+    barrier()
+    if run.store:
+        disks.store_checkpoint(run, step, written)
+    if disks.keeps_disk(run):
         final = run.checkpoint_path(step)
         commit_folder(written, final)
         for other in run.checkpoints.glob("step-*"):
             if other != final:
                 shutil.rmtree(other)
     barrier()
+    if told := heard(run):
+        raise StageInterrupted(stopped=told == notice.STOP)
 
 
 def resume(engine: Any, run: Run) -> int:
@@ -170,10 +227,55 @@ def resume(engine: Any, run: Run) -> int:
         run.rewind(0)
         return 0
     step, folder = latest
-    engine.load_checkpoint(str(folder), tag="deepspeed")
+    load(engine, folder, "deepspeed", run)
     restore_random_state(run, folder)
     run.rewind(step)
     return step
+
+
+def load(engine: Any, folder: Path, tag: str, run: Run) -> None:
+    """An engine's part of a checkpoint, also one that another number of workers has written; all ranks call it."""
+    if not engine.load_universal_checkpoint():
+        engine.load_checkpoint(str(folder), tag=tag)
+        return
+    disks.on_each_disk(run, lambda: make_universal(folder, tag))
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    engine.load_checkpoint(str(folder), tag=UNIVERSAL)
+    mend_universal(engine, decays)
+
+
+def mend_universal(engine: Any, decays: Sequence[float]) -> None:
+    """Two things that DeepSpeed 0.19.8 gets wrong when ZeRO-3 loads a universal checkpoint.
+
+    All parameters get one and the same step counter, which every one of them then counts up; and every group of
+    parameters gets the first one's weight decay: `decays` are theirs.
+    """
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"]).clone()
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=False):
+        group["weight_decay"] = decay
+
+
+def is_resized(run: Run) -> bool:
+    """Whether the newest checkpoint is of another number of workers."""
+    latest = run.latest_checkpoint()
+    return latest is not None and int((latest[1] / WORKERS).read_text()) != run.workers
+
+
+def make_universal(folder: Path, tag: str) -> None:
+    """DeepSpeed's Universal Checkpoint (Lian et al. 2024) of folder/tag beside it, where it is not there yet.
+
+    It holds each parameter and its moments whole, so any number of workers can take their shards of it.
+    """
+    if (folder / UNIVERSAL).exists():
+        return
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    with folder_atomic(folder / UNIVERSAL) as temporary:
+        given = {"input_folder": str(folder / tag), "output_folder": str(temporary), "inject_missing_state": True}
+        ds_to_universal.main(argparse.Namespace(**given, **options))
+    (folder / "latest_universal").write_text(UNIVERSAL)
 
 
 def random_state() -> dict[str, Any]:
@@ -184,6 +286,10 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(run: Run, checkpoint: Path) -> None:
+    """This rank's, as it was; where the checkpoint is of another number of workers, one that follows from the seed."""
+    if is_resized(run):
+        seed_everything(run.seed + int(checkpoint.name.removeprefix("step-")))
+        return
     # weights_only would refuse numpy's and Python's states; the file is one that this run wrote.
     state = torch.load(checkpoint / f"random-{run.rank}.pt", weights_only=False)
     random.setstate(state["python"])

@@ -1,0 +1,89 @@
+"""What workers do together where they do not all have one disk: one acts for each, and all learn of its failure."""
+
+import functools
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from training import mirror
+from training.run import Run, StageError
+from training.store import StoreError
+
+T = TypeVar("T")
+
+
+def keeps_disk(run: Run) -> bool:
+    """Whether this rank is the first of those that see its disk, all of them where the run has no store.
+
+    All ranks call it.
+    """
+    return run.rank == 0 if run.store is None or run.workers == 1 else _is_first_here(run)
+
+
+@functools.cache
+def _is_first_here(run: Run) -> bool:
+    """Each leaves a mark in the run's folder, and looks whose are there."""
+    name = [f".ranks-{uuid.uuid4().hex[:8]}"]
+    dist.broadcast_object_list(name, 0)
+    marks = run.root / name[0]
+    marks.mkdir(parents=True, exist_ok=True)
+    (marks / str(run.rank)).touch()
+    dist.barrier()
+    first = min(int(mark.name) for mark in marks.iterdir())
+    dist.barrier()
+    if first == run.rank:
+        shutil.rmtree(marks)
+    return first == run.rank
+
+
+def on_each_disk(run: Run, make: Callable[[], T]) -> list[T]:
+    """What `make` returns on one rank of every disk; all ranks call it, and what it raises is raised on every one.
+
+    Only StageError and StoreError travel so: without it the others would wait for a rank that has given up.
+    """
+    made: list[T] = []
+    failed: ValueError | None = None
+    if keeps_disk(run):
+        try:
+            made.append(make())
+        except (StageError, StoreError) as error:
+            failed = error
+    told = _of_all_ranks((made, failed))
+    if failures := [error for _, error in told if error]:
+        raise failures[0]
+    return [one for part, _ in told for one in part]
+
+
+def on_rank_0(run: Run, make: Callable[[], T]) -> T | None:
+    """What `make` returns on rank 0, None elsewhere; for the rest as `on_each_disk`."""
+    made: T | None = None
+    told: list[ValueError | None] = [None]
+    if run.rank == 0:
+        try:
+            made = make()
+        except (StageError, StoreError) as error:
+            told = [error]
+    dist.broadcast_object_list(told, 0)
+    if told[0]:
+        raise told[0]
+    return made
+
+
+def store_checkpoint(run: Run, step: int, written: Path) -> None:
+    """Every disk sends its part; when all are there rank 0 makes them the newest checkpoint. All ranks call it."""
+    parts = on_each_disk(run, lambda: mirror.upload_checkpoint(run, step, written))
+    index = {path: entry for part in parts for path, entry in part.items()}
+    assert len(index) == sum(map(len, parts)), "two disks have parts of one name"
+    on_rank_0(run, lambda: mirror.commit_checkpoint(run, step, index))
+
+
+def _of_all_ranks(mine: T) -> list[T]:
+    if not dist.is_initialized():
+        return [mine]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
