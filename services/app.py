@@ -1,4 +1,8 @@
-"""Builds the Serve applications of one server config, and runs them: one application per gRPC service."""
+"""Builds the Serve applications, one per gRPC service, and runs those of one server config on this machine.
+
+`models`, `chat`, `translation` and `image` are what a config of Ray Serve has as import_path (services.serve_config);
+`running` calls the same ones.
+"""
 
 import logging
 import os
@@ -8,17 +12,21 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from services.config import ServerConfig, ServerConfigError
+from services.config import ChatArgs, ImageArgs, ModelsArgs, Scale, ServerConfig, ServerConfigError, TranslationArgs
+from services.serve_config import servicer_functions
 from services.transport import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from ray.serve import Application  # Ray itself reads ENVIRONMENT when it is imported
 
 HOST = "127.0.0.1"
 
-# Read by Ray's processes when they start.
-_ENVIRONMENT = {
+# Read by Ray's processes when they start; on a cluster every node needs it.
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # by default 15: any other program on the machine would starve the replicas
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),
@@ -27,66 +35,84 @@ _ENVIRONMENT = {
 }
 # What Serve keeps beyond the models' own bounds, so that the model says no and not Serve, whose words are less plain.
 _SPARE_REQUESTS = 16
+_LISTINGS = 100  # calls of ModelService at once
+# A replica that has to go still ends what it answers: as long as request_timeout_s, by default, lets an answer take.
+_DRAIN_S = 600
 
 
-def applications(config: ServerConfig) -> dict[str, Any]:
-    """The Serve applications by name: a service without models has none."""
-    from ray import serve
-
+def models(args: ModelsArgs) -> "Application":
+    """The application of ModelService."""
     from services.models import ModelService
 
-    models = serve.deployment(
-        max_ongoing_requests=100,
-        max_queued_requests=100,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=1,
-    )(ModelService)
-    made = {"models": models.bind(config.services)}
-    if config.chat:
-        from services.chat import ChatService
-
-        answers = sum(m.max_num_seqs + m.max_waiting for m in config.chat.values())
-        made["chat"] = _application(ChatService, config, config.chat, answers)
-    if config.translation:
-        from services.translation import TranslationService
-
-        # A sentence is a token at least.
-        sentences = sum(m.max_batch_tokens + m.max_waiting for m in config.translation.values())
-        made["translation"] = _application(TranslationService, config, config.translation, sentences)
-    if config.image:
-        from services.image import ImageService
-
-        # A request is an image at least.
-        images = sum(m.max_batch + m.max_waiting for m in config.image.values())
-        made["image"] = _application(ImageService, config, config.image, images)
-    return made
+    return _deployment(ModelService, args, bound=_LISTINGS, at_once=_LISTINGS).bind(args.services)
 
 
-def _application(service: type, config: ServerConfig, models: Mapping[str, Any], bound: int) -> Any:
-    """The application of a service that holds models; `bound` is how many requests they take at once, at the most."""
+def chat(args: ChatArgs) -> "Application":
+    """The application of ChatService."""
+    from services.chat import ChatService
+
+    return _holding_models(ChatService, args)
+
+
+def translation(args: TranslationArgs) -> "Application":
+    """The application of TranslationService."""
+    from services.translation import TranslationService
+
+    return _holding_models(TranslationService, args)
+
+
+def image(args: ImageArgs) -> "Application":
+    """The application of ImageService."""
+    from services.image import ImageService
+
+    return _holding_models(ImageService, args)
+
+
+BUILDERS: dict[str, Callable[[Any], "Application"]] = {
+    "models": models, "chat": chat, "translation": translation, "image": image,
+}  # fmt: skip
+
+
+def applications(config: ServerConfig) -> dict[str, "Application"]:
+    """The Serve applications by name: a service without models has none."""
+    return {name: BUILDERS[name](args) for name, args in config.arguments().items()}
+
+
+def _holding_models(service: type, args: ChatArgs | TranslationArgs | ImageArgs) -> "Application":
+    bound, at_once = sum(m.bound for m in args.models.values()), sum(m.at_once for m in args.models.values())
+    return _deployment(service, args, bound, at_once).bind(args.models, "cuda" if args.gpus else "cpu")
+
+
+def _deployment(service: type, args: Scale, bound: int, at_once: int) -> Any:
+    """`bound` is how many requests a replica takes at the most, `at_once` how many of them do not wait."""
     from ray import serve
 
-    deployment = serve.deployment(
-        num_replicas=config.replicas,
+    return serve.deployment(
+        **_replicas(args, at_once),
         max_ongoing_requests=bound + _SPARE_REQUESTS,  # Serve's default of 5 would starve the models' batches
         max_queued_requests=_SPARE_REQUESTS,
-        ray_actor_options=_resources(config),
+        ray_actor_options=_resources(args),
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=5,
-        max_constructor_retry_count=1,  # a folder that cannot be served now cannot be served a minute later
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        # A folder that cannot be served now cannot be served a minute later; but a node may go while its replica loads.
+        max_constructor_retry_count=3 if args.cpus else 1,
     )(service)
-    # A replica may run elsewhere: paths are made absolute where they were given.
-    held = {name: m.model_copy(update={"model": str(m.folder.resolve())}) for name, m in models.items()}
-    return deployment.bind(held, "cuda" if config.gpus_per_replica else "cpu")
 
 
-def _resources(config: ServerConfig) -> dict[str, Any]:
+def _replicas(args: Scale, at_once: int) -> dict[str, Any]:
+    """Of a number that may grow, Serve keeps as many as hold the requests of the last half minute without a queue."""
+    if args.max_replicas is None:
+        return {"num_replicas": args.replicas}
+    bounds = {"min_replicas": args.replicas, "max_replicas": args.max_replicas}
+    return {"autoscaling_config": {**bounds, "target_ongoing_requests": at_once}}
+
+
+def _resources(args: Scale) -> dict[str, Any]:
     """Threads are said outright: Ray would derive them from num_cpus, and two full sets starve one another."""
-    replicas = config.replicas * len(config.services)
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // replicas)
+    threads = args.threads or max(1, int(args.cpus))
     return {
-        "num_cpus": 0,
-        "num_gpus": config.gpus_per_replica,
+        "num_cpus": args.cpus,
+        "num_gpus": args.gpus,
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     }
 
@@ -95,11 +121,13 @@ def _resources(config: ServerConfig) -> dict[str, Any]:
 def running(config: ServerConfig) -> Iterator[str]:
     """A server that answers inside the block, at the address it yields; after it no process or file is left.
 
-    It joins the cluster that RAY_ADDRESS names, or starts one of its own. Raises ServerConfigError where the port is
-    taken or a model cannot be loaded.
+    It joins the cluster that RAY_ADDRESS names, or starts one of its own on this machine, where `cpus` mean nothing.
+    Raises ServerConfigError where the port is taken, a GPU is missing or a model cannot be loaded.
     """
     _check_port(config.port)
-    os.environ.update(_ENVIRONMENT)
+    if not os.environ.get("RAY_ADDRESS"):
+        config = config.sharing_one_machine()
+    os.environ.update(ENVIRONMENT)
     import ray
     from ray import serve
 
@@ -135,6 +163,15 @@ def _start_ray(config: ServerConfig, scratch: str) -> None:
         _temp_dir=scratch,
         _metrics_export_port=config.metrics_port,
     )
+    _check_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+
+
+def _check_gpus(config: ServerConfig, present: int) -> None:
+    """Ray would wait for those that are missing without a word."""
+    for name, args in config.arguments().items():
+        if (needed := args.replicas * args.gpus) > present:
+            raise ServerConfigError(f"{name}: replicas x gpus = {needed}; this machine has {present} GPUs left for it")
+        present -= needed
 
 
 def _deploy(config: ServerConfig) -> None:
@@ -145,7 +182,7 @@ def _deploy(config: ServerConfig) -> None:
         http_options={"host": HOST, "port": free_port()},  # Serve cannot do without; nothing is served there
         grpc_options=gRPCOptions(
             port=config.port,
-            grpc_servicer_functions=_servicer_functions(config),
+            grpc_servicer_functions=servicer_functions(config.services),
             request_timeout_s=config.request_timeout_s,
         ),
         logging_config={"enable_access_log": False},
@@ -156,11 +193,6 @@ def _deploy(config: ServerConfig) -> None:
         serve.run_many(targets)
     except RuntimeError as error:
         raise _startup_error() or error from None
-
-
-def _servicer_functions(config: ServerConfig) -> list[str]:
-    """Those of the services that there are; that of health comes last, since it looks at the others."""
-    return [f"services.proxy.add_{name}_service" for name in (*config.services, "model", "health")]
 
 
 def _startup_error() -> ServerConfigError | None:

@@ -7,7 +7,16 @@
         print(client.translate("Das Meer ist blau.", source="de", target="en").text)
         client.generate_image("a red apple", seed=7)[0].save("apple.png")
 
-Calls raise CallError; what is tried again before that, services.transport says.
+`address` is HOST:PORT, or several of them: "ipv4:A:9000,B:9000". Calls go round all the addresses of a name, such as a
+headless Service of Kubernetes, which has one a node; new ones are seen when a connection ends. When a node dies,
+
+- a call of which nothing has come yet is made again, elsewhere, up to `retries` times and within its `timeout`: the
+  work may be done twice, an answer comes once;
+- a stream that has begun raises CallError UNAVAILABLE: the pieces so far stand, and whether to ask again is for the
+  caller to decide (`retryable` is true);
+- a connection that was cut is noticed at once, a machine that falls silent only when `timeout` is over.
+
+Whatever else goes wrong raises CallError at once.
 """
 
 from collections.abc import Sequence
@@ -28,7 +37,17 @@ from chatforge.v1 import (
 )
 from services import replies
 from services.replies import ImageReply, LanguagePair, Messages, Reply, StepProgress, TranslationReply
-from services.transport import AsyncStream, Attempts, CallError, Collected, Metadata, Stream, async_unary, unary
+from services.transport import (
+    CHANNEL_OPTIONS,
+    AsyncStream,
+    Attempts,
+    CallError,
+    Collected,
+    Metadata,
+    Stream,
+    async_unary,
+    unary,
+)
 
 __all__ = [
     "AsyncClient",
@@ -43,7 +62,6 @@ __all__ = [
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
-_OPTIONS = (("grpc.use_local_subchannel_pool", 1),)  # a connection of one's own, which no other client can spoil
 _CHAT = (("application", "chat"),)  # Serve routes by it
 _TRANSLATION = (("application", "translation"),)
 _IMAGE = (("application", "image"),)
@@ -76,7 +94,7 @@ class Client(_Connection):
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
-        super().__init__(grpc.insecure_channel(address, _OPTIONS), timeout, retries)
+        super().__init__(grpc.insecure_channel(address, CHANNEL_OPTIONS), timeout, retries)
 
     def chat(self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any) -> Reply:
         """The whole answer; `config` has the fields of GenerationConfig (max_new_tokens, temperature, stop, ...)."""
@@ -216,7 +234,7 @@ class AsyncClient(_Connection):
     """`Client` for asyncio: the same methods, awaited; those called stream_... give async iterators."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
-        super().__init__(grpc.aio.insecure_channel(address, _OPTIONS), timeout, retries)
+        super().__init__(grpc.aio.insecure_channel(address, CHANNEL_OPTIONS), timeout, retries)
 
     async def chat(self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any) -> Reply:
         request = replies.chat_request(chat_pb2.ChatRequest, messages, model, config)

@@ -8,15 +8,18 @@
     image:
       painter: {model: image-small, max_images: 4}
 
-A `model` is a model folder, or the name of a run in runs/, which stands for its newest model of that service. Imports
-nothing heavier than pydantic. Every mistake is a ServerConfigError that names the key, the value and the fix.
+A `model` is a model folder, or the name of a run in runs/, which stands for its newest model of that service. The file
+may be a config of Ray Serve too, for a cluster (services.serve_config). Imports nothing heavier than pydantic. Every
+mistake is a ServerConfigError that names the key, the value and the fix.
 """
 
+import difflib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,8 +27,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]  # BCP-47: de, pt-BR, zh-Hant
+Service = Literal["chat", "translation", "image"]
 STAGES = {"chat": ("ppo", "sft"), "translation": ("translation",), "image": ("image",)}  # of a run, newest first
+_SENTENCE_TOKENS = 64  # of a sentence that is translated, its beams included
 _KINDS = {"chat": "causal-lm", "translation": "translation", "image": "text-to-image"}
+_Model = TypeVar("_Model", bound=BaseModel)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -49,7 +55,18 @@ class ChatModelConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        return find_model(self.model)
+        """Raises ServerConfigError where no chat model can be in it."""
+        return _with_chat_template(_checked(find_model(self.model), "chat"))
+
+    @property
+    def at_once(self) -> int:
+        """Requests that are answered at the same time."""
+        return self.max_num_seqs
+
+    @property
+    def bound(self) -> int:
+        """Requests that are answered or wait, at the most."""
+        return self.max_num_seqs + self.max_waiting
 
 
 class TranslationModelConfig(BaseModel):
@@ -71,7 +88,18 @@ class TranslationModelConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        return find_model(self.model, service="translation")
+        """Raises ServerConfigError where no translation model can be in it."""
+        return _checked(find_model(self.model, service="translation"), "translation")
+
+    @property
+    def at_once(self) -> int:
+        """Requests that are answered at the same time: about one a sentence, its beams included."""
+        return max(1, self.max_batch_tokens // _SENTENCE_TOKENS)
+
+    @property
+    def bound(self) -> int:
+        """Requests that are answered or wait, at the most: a request is a sentence at least, that a token at least."""
+        return self.max_batch_tokens + self.max_waiting
 
 
 class ImageModelConfig(BaseModel):
@@ -91,15 +119,67 @@ class ImageModelConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        return find_model(self.model, service="image")
+        """Raises ServerConfigError where no image model can be in it."""
+        return _checked(find_model(self.model, service="image"), "image")
+
+    @property
+    def at_once(self) -> int:
+        """Requests that are answered at the same time: a request is an image at least."""
+        return self.max_batch
+
+    @property
+    def bound(self) -> int:
+        """Requests that are answered or wait, at the most."""
+        return self.max_batch + self.max_waiting
 
 
 ModelConfig = ChatModelConfig | TranslationModelConfig | ImageModelConfig
-_MODEL_CONFIGS: dict[str, type[BaseModel]] = {
-    "chat": ChatModelConfig,
-    "translation": TranslationModelConfig,
-    "image": ImageModelConfig,
-}
+
+
+class Scale(BaseModel):
+    """The replicas of one service: processes that each hold every model of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    replicas: Positive = 1
+    max_replicas: Positive | None = None  # above `replicas`: so many where requests would wait, `replicas` at the least
+    threads: Positive | None = None  # torch threads per replica; default: its cpus, or its share of the machine's cores
+    cpus: Annotated[float, Field(ge=0)] = 0.0  # per replica, of a node that has them; 0: any node, also a full one
+    gpus: NotNegative = 0  # per replica
+
+    @model_validator(mode="after")
+    def _may_grow(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas}: is below replicas={self.replicas}; raise or drop it")
+        return self
+
+
+class ModelsArgs(Scale):
+    """What services.app:models takes."""
+
+    services: dict[Service, list[str]]  # the names of each service's models
+
+
+class ChatArgs(Scale):
+    """What services.app:chat takes."""
+
+    models: Annotated[dict[str, ChatModelConfig], Field(min_length=1)]
+
+
+class TranslationArgs(Scale):
+    """What services.app:translation takes."""
+
+    models: Annotated[dict[str, TranslationModelConfig], Field(min_length=1)]
+
+
+class ImageArgs(Scale):
+    """What services.app:image takes."""
+
+    models: Annotated[dict[str, ImageModelConfig], Field(min_length=1)]
+
+
+ServiceArgs = ChatArgs | TranslationArgs | ImageArgs
+SERVICE_ARGS: dict[str, type[ServiceArgs]] = {"chat": ChatArgs, "translation": TranslationArgs, "image": ImageArgs}
 
 
 class ServerConfig(BaseModel):
@@ -114,16 +194,50 @@ class ServerConfig(BaseModel):
     replicas: Positive = 1  # of each service: processes that each hold every model of it
     threads: Positive | None = None  # torch threads per replica; default: the machine's cores over all replicas
     gpus_per_replica: NotNegative = 0
+    scale: dict[Literal[Service, "models"], Scale] = {}  # in place of those three, by service
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # of a whole answer, streams included
     object_store_mb: Annotated[int, Field(ge=80)] = 200
     metrics_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # Prometheus reads /metrics there
 
     @property
-    def services(self) -> dict[str, list[str]]:
+    def services(self) -> dict[Service, list[str]]:
         """The names of each service's models, of the services that have any."""
         return {service: sorted(models) for service, models in self._models().items() if models}
 
-    def _models(self) -> dict[str, Mapping[str, ModelConfig]]:
+    def arguments(self) -> dict[str, ModelsArgs | ServiceArgs]:
+        """What the builders in services.app take, by application: a service without models has none.
+
+        Paths are absolute, since a replica may run in another folder. Raises ServerConfigError where a folder cannot
+        hold its model.
+        """
+        listed = {"services": self.services, **dict(self.scale.get("models", Scale()))}
+        made: dict[str, ModelsArgs | ServiceArgs] = {"models": ModelsArgs.model_validate(listed)}
+        for service in self.services:
+            models = {
+                name: model.model_copy(update={"model": str(model.folder.resolve())})
+                for name, model in self._models()[service].items()
+            }
+            made[service] = SERVICE_ARGS[service].model_validate({"models": models, **dict(self._scale(service))})
+        return made
+
+    def sharing_one_machine(self) -> Self:
+        """The same without `cpus`: where all replicas share a machine, they would only keep some from starting."""
+        scale = {service: s.model_copy(update={"cpus": 0.0}) for service, s in self.scale.items()}
+        return self.model_copy(update={"scale": scale})
+
+    def _scale(self, service: Service) -> Scale:
+        """With threads, where neither they nor cpus are said: a share of this machine's cores."""
+        scales = {name: self.scale.get(name, self._alike()) for name in self.services}
+        if scales[service].threads or scales[service].cpus:
+            return scales[service]
+        replicas = sum(s.max_replicas or s.replicas for s in scales.values())
+        threads = max(1, len(os.sched_getaffinity(0)) // replicas)
+        return scales[service].model_copy(update={"threads": threads})
+
+    def _alike(self) -> Scale:
+        return Scale(replicas=self.replicas, threads=self.threads, gpus=self.gpus_per_replica)
+
+    def _models(self) -> dict[Service, Mapping[str, ModelConfig]]:
         return {"chat": self.chat, "translation": self.translation, "image": self.image}
 
     @model_validator(mode="after")
@@ -151,22 +265,21 @@ class ServerConfig(BaseModel):
 
 
 def load_config(path: Path | None, **changes: Any) -> ServerConfig:
-    """The YAML file at `path`, or an empty one, with `changes` put over it; a service's models are merged by name."""
+    """The YAML file at `path`, or an empty one, with `changes` put over it; a service's models are merged by name.
+
+    The file has either form, ours or Ray Serve's. Every model folder is looked at.
+    """
     tree = _read(path) if path else {}
+    if "applications" in tree:
+        from services.serve_config import short_form
+
+        tree = short_form(tree)
     for service in STAGES:
         given, more = tree.get(service) or {}, changes.pop(service, {})
         tree[service] = {**given, **more} if isinstance(given, dict) else given  # what is none is explained below
     tree.update(changes)
-    try:
-        config = ServerConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ServerConfigError("\n".join(_explained(dict(e)) for e in error.errors())) from None
-    for chat in config.chat.values():
-        check_chat_folder(chat.folder)
-    for translation in config.translation.values():
-        check_kind(translation.folder, "translation")
-    for image in config.image.values():
-        check_kind(image.folder, "image")
+    config = validated(ServerConfig, tree)
+    config.arguments()  # raises where a folder cannot hold its model
     return config
 
 
@@ -202,8 +315,8 @@ def _is_model(folder: Path) -> bool:
     return any((folder / file).is_file() for file in ("config.json", "model_index.json"))
 
 
-def check_kind(folder: Path, service: str) -> None:
-    """What can be told without loading: raises ServerConfigError where no model for `service` can be in `folder`."""
+def _checked(folder: Path, service: str) -> Path:
+    """`folder`, by what can be told without loading. Raises ServerConfigError where it holds no model for `service`."""
     card = folder / "chatforge.json"
     kind = (_read_json(card).get("kind") if card.is_file() else None) or _kind_without_card(folder)
     if kind != _KINDS[service]:
@@ -212,6 +325,7 @@ def check_kind(folder: Path, service: str) -> None:
         raise ServerConfigError(
             f"{folder}: has no tokenizer_config.json; a {service} model's folder holds its tokenizer"
         )
+    return folder
 
 
 def _kind_without_card(folder: Path) -> str:
@@ -220,12 +334,11 @@ def _kind_without_card(folder: Path) -> str:
     return "translation" if _read_json(folder / "config.json").get("is_encoder_decoder") else "causal-lm"
 
 
-def check_chat_folder(folder: Path) -> None:
-    """As check_kind; a chat model also needs a template for conversations."""
-    check_kind(folder, "chat")
+def _with_chat_template(folder: Path) -> Path:
     templated = (folder / "chat_template.jinja").is_file()
     if not templated and "chat_template" not in _read_json(folder / "tokenizer_config.json"):
         raise ServerConfigError(f"{folder}: its tokenizer has no chat template; serve an instruction-tuned model")
+    return folder
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -247,13 +360,37 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _explained(error: dict[str, Any]) -> str:
+def validated(kind: type[_Model], tree: Any, at: str = "") -> _Model:
+    """`tree` as a `kind`. Raises ServerConfigError, a line for each mistake; `at` stands before every key."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ServerConfigError("\n".join(at + _explained(kind, dict(e)) for e in error.errors())) from None
+
+
+def _explained(kind: type[BaseModel], error: dict[str, Any]) -> str:
     """One line for one pydantic error: key, value, and what is valid there."""
-    key = ".".join(str(part) for part in error["loc"])
+    where = [part for part in error["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in where)
     if error["type"] == "extra_forbidden":
-        model = _MODEL_CONFIGS.get(str(error["loc"][0]), ServerConfig)
-        return f"{key}: no such key; valid: {', '.join(model.model_fields)}"
+        keys = _keys_beside(kind, where)
+        return f"{key}: no such key; valid: {', '.join(keys)}{nearest(str(where[-1]), keys)}"
     if error["type"] == "missing":
         return f"{key}: is required and has no default"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        message += nearest(str(error["input"]), re.findall(r"'([^']*)'", message))
     return f"{key}={error['input']!r}: {message}" if key else message
+
+
+def _keys_beside(kind: Any, where: list[str | int]) -> list[str]:
+    for part in where[:-1]:
+        is_config = isinstance(kind, type) and issubclass(kind, BaseModel)
+        kind = kind.model_fields[part].annotation if is_config else get_args(kind)[-1]
+    return list(kind.model_fields)
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """What to put behind a mistake's message: the valid word that was meant, where one is near."""
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

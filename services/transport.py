@@ -1,7 +1,8 @@
 """How a client's calls travel: tries, pauses, deadlines, cancellation, and the errors that come back. Knows no service.
 
 A call that failed before anything was delivered is tried again where the server could not take it (UNAVAILABLE,
-RESOURCE_EXHAUSTED), with growing pauses, inside the call's timeout. Everything else raises CallError at once.
+RESOURCE_EXHAUSTED), with growing pauses, inside the call's timeout. Everything else raises CallError at once. Where a
+name has several addresses, calls go round them, and so does a call that is tried again.
 """
 
 import asyncio
@@ -13,6 +14,13 @@ from typing import Any, Generic, Self, TypeVar
 import grpc
 
 MAX_MESSAGE_BYTES = 4 << 20  # of anything that goes over the network, either way
+CHANNEL_OPTIONS = (
+    ("grpc.use_local_subchannel_pool", 1),  # connections of one's own, which no other client can spoil
+    ("grpc.lb_policy_name", "round_robin"),  # grpc's default keeps to the first address that answers
+    # An address that is lost is looked up and tried again soon: by default after half a minute, and up to two minutes.
+    ("grpc.dns_min_time_between_resolutions_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+)
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _FIRST_PAUSE_S = 0.2
 
