@@ -13,9 +13,9 @@ from workers import two_workers
 
 from serving.image.components import load_components
 from training import image, image_vae, zero
-from training.config import ConfigError, ImageConfig, ImageVaeConfig
+from training.config import ConfigError, ImageConfig, ImageVaeConfig, load_recipe, shipped_recipes
 from training.data.pictures import Pictures
-from training.image_parts import fresh_scheduler, load_text_encoder
+from training.image_parts import fresh_scheduler, fresh_unet, load_text_encoder
 from training.measure_image import measure_image
 from training.run import Run, StageError
 
@@ -161,6 +161,18 @@ def test_every_zero_stage_gives_the_same_losses(make_run, zero_stage):
     image.run(config, sharded)
     assert losses(sharded) == pytest.approx(losses(reference), abs=1e-5)
     assert validations(sharded) == pytest.approx(validations(reference), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("image")])
+def test_a_norm_never_has_one_channel_for_a_group(name):
+    """It would take each channel's mean away, and colour with it: an autoencoder painted everything brown."""
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        nets = [fresh_unet(recipe.image, 4, 16, 32)]
+        nets += [image_vae.build_vae(recipe.image_vae)] if recipe.image_vae else []
+    norms = [m for net in nets for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert norms
+    assert all(norm.num_channels // norm.num_groups >= 4 for norm in norms)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

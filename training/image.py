@@ -84,12 +84,9 @@ def run(config: ImageConfig, run: Run) -> None:
                 twin.take(weights)
                 _write_sheet(twin.parts, config, train, val, run, taken)
         run.log(taken, config.steps, **metrics)
-        if taken % config.checkpoint_every == 0 and taken < config.steps:
+        if zero.checkpoint_is_due(config, run, taken, config.steps):
             save(engine, ema, run, taken)
-    with ema.instead():
-        weights = zero.whole_parameters(engine.module, run)
-    if twin is not None:
-        twin.take(weights)
+    if twin is not None:  # it has the last averages, of which it has drawn a sheet
         export(twin.parts, config, run)
     zero.barrier()
 

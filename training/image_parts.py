@@ -1,6 +1,5 @@
 """The parts of an image model: made fresh, or out of the pipeline folder that is fine-tuned; and written."""
 
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from serving.image.components import Components, load_components
 from serving.image.pixels import PixelAutoencoder
 from training.config import PIXELS, ImageConfig
 from training.diffusion_math import NUM_TRAIN_TIMESTEPS
+from training.picture_stage import norm_groups
 from training.run import Run, StageError
 
 # What peft adapts where a config says all-linear, which it can tell of transformers' models alone: attention, and the
@@ -127,7 +127,7 @@ def fresh_unet(config: ImageConfig, latent_channels: int, sample_size: int, text
         layers_per_block=config.layers_per_block,
         attention_head_dim=config.num_heads,  # diffusers' name for the number of heads of this class
         cross_attention_dim=text_width,
-        norm_num_groups=math.gcd(32, *config.channels),
+        norm_num_groups=norm_groups(config.channels),
     )
 
 

@@ -26,7 +26,7 @@ from training.data.turns import Turns, chance, mine
 from training.diffusion_math import kl_to_standard_normal
 from training.ema import Ema
 from training.features import features_at_hand, perceptual
-from training.picture_stage import as_pictures, as_pixels, prepare_pictures, rate, resume, save
+from training.picture_stage import as_pictures, as_pixels, norm_groups, prepare_pictures, rate, resume, save
 from training.run import Run, StageError, save_model
 from training.sheet import write_sheet
 
@@ -69,14 +69,13 @@ def run(config: ImageVaeConfig, run: Run) -> None:
                 metrics["val_loss"] = _held_out_error(engine, val, config, run)
                 weights = zero.whole_parameters(engine.module.vae, run)
             if twin is not None:
-                _write_sheet(twin, weights, train, val, run, taken)
+                twin.load_state_dict(weights, strict=False)
+                _write_sheet(twin, train, val, run, taken)
         run.log(taken, config.steps, **metrics)
-        if taken % config.checkpoint_every == 0 and taken < config.steps:
+        if zero.checkpoint_is_due(config, run, taken, config.steps):
             save(engine, ema, run, taken)
-    with ema.instead():
-        weights = zero.whole_parameters(engine.module.vae, run)
-    if twin is not None:
-        _export(twin, weights, train, run)
+    if twin is not None:  # it has the last averages, of which there is a sheet
+        _export(twin, train, run)
     zero.barrier()
 
 
@@ -92,7 +91,7 @@ def build_vae(config: ImageVaeConfig) -> Any:
         block_out_channels=tuple(config.channels),
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
-        norm_num_groups=math.gcd(32, *config.channels),
+        norm_num_groups=norm_groups(config.channels),
         sample_size=config.resolution,
     )
 
@@ -163,9 +162,8 @@ def _held_out_error(engine: Any, pictures: Pictures, config: ImageVaeConfig, run
 
 
 @torch.no_grad()
-def _write_sheet(vae: Any, weights: dict[str, Tensor], train: Pictures, val: Pictures, run: Run, step: int) -> None:
+def _write_sheet(vae: Any, train: Pictures, val: Pictures, run: Run, step: int) -> None:
     """Training and held-out pictures above what comes back of them: samples/step-N.png."""
-    vae.load_state_dict(weights, strict=False)
     originals, remade, captions = [], [], []
     for side, name in ((train, ""), (val, "held out: ")):
         for index in range(min(SHOWN, len(side))):
@@ -178,9 +176,8 @@ def _write_sheet(vae: Any, weights: dict[str, Tensor], train: Pictures, val: Pic
 
 
 @torch.no_grad()
-def _export(vae: Any, weights: dict[str, Tensor], pictures: Pictures, run: Run) -> None:
+def _export(vae: Any, pictures: Pictures, run: Run) -> None:
     """The model folder, with scaling_factor = 1 / std of the training pictures' latents."""
-    vae.load_state_dict(weights, strict=False)
     squares, sums, count = 0.0, 0.0, 0
     for index in range(0, len(pictures), -(-len(pictures) // MEASURED)):
         latents = vae.encode(as_pixels(pictures.batch(np.array([index])), vae.device)).latent_dist.mean.double()
