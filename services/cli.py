@@ -6,16 +6,17 @@ A user's mistake (ValueError) prints one line and exits 2, another failure that 
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from training.config import Recipe
+from services import cli_jobs
+from services.cli_options import RecipeArgument, RunOption, RunsOption, SetOption, WorkersOption, read_recipe, show
 
 RUNS = Path("runs")
 DEFAULT_SERVER = "127.0.0.1:9000"
+TERMINATED = 128 + signal.SIGTERM
 
 
 class _Commands(TyperGroup):
@@ -34,7 +35,7 @@ class _Commands(TyperGroup):
             code = _exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"{'' if code == TERMINATED else 'error: '}{error}", err=True)
             raise typer.Exit(code) from None
 
 
@@ -42,8 +43,10 @@ def _exit_code(error: Exception) -> int | None:
     """None for a bug, whose traceback is worth more than a line."""
     if isinstance(error, ValueError):
         return 2
-    from training.run import StageCrashed
+    from training.run import StageCrashed, StageInterrupted
 
+    if isinstance(error, StageInterrupted):
+        return TERMINATED
     if isinstance(error, StageCrashed):
         return 1
     called = getattr(error, "code", None)  # services.client.CallError, which is not imported for this
@@ -53,7 +56,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(TERMINATED)
 
 
 app = typer.Typer(
@@ -65,11 +68,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="The benchmarks, each beside its peers.")
 app.add_typer(bench, name="bench")
+app.add_typer(cli_jobs.app)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sft.batch_size=8.")]
-WorkersOption = Annotated[int | None, typer.Option(help="Worker processes of every training stage.")]
-RunOption = Annotated[str | None, typer.Option("--run", metavar="NAME", help="The run's name; default: the recipe's.")]
 ServerOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to talk to.")]
 
 
@@ -91,37 +91,49 @@ def train(
     set_: SetOption = [],  # noqa: B006 - typer's way to say "none given"
     workers: WorkersOption = None,
     run: RunOption = None,
+    runs: RunsOption = str(RUNS),
 ) -> None:
     """Run what is not yet done of a recipe; the same command goes on after an interruption."""
     from training import pipeline
 
-    pipeline.train(_recipe(recipe, set_, workers, run), RUNS, only=stage, say=typer.echo)
+    pipeline.train(read_recipe(recipe, set_, workers, run), runs, only=stage, say=typer.echo)
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = [], workers: WorkersOption = None, run: RunOption = None) -> None:  # noqa: B006
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006
+    workers: WorkersOption = None,
+    run: RunOption = None,
+    runs: RunsOption = str(RUNS),
+) -> None:
     """What a recipe would do: stages, what is done or stale and why, the numbers that follow."""
     from training import pipeline
 
-    chosen = _recipe(recipe, set_, workers, run)
-    typer.echo(pipeline.describe(chosen, pipeline.plan(chosen, RUNS)))
+    chosen = read_recipe(recipe, set_, workers, run)
+    typer.echo(pipeline.describe(chosen, pipeline.plan(chosen, runs)))
 
 
 @app.command()
-def runs(name: Annotated[str | None, typer.Argument(help="One run, in detail.")] = None) -> None:
+def runs(
+    name: Annotated[str | None, typer.Argument(help="One run, in detail.")] = None, runs: RunsOption = str(RUNS)
+) -> None:
     """What there is in runs/: stages, their state, their final metrics."""
     from services.listing import runs_table, stages_table
     from training import pipeline
 
-    _show(stages_table(pipeline.describe_run(RUNS / name)) if name else runs_table(pipeline.list_runs(RUNS)))
+    if name:
+        show(stages_table(pipeline.describe_run(pipeline.run_folder(runs, name))))
+    else:
+        show(runs_table(pipeline.list_runs(runs)))
 
 
 @app.command()
-def report(run: str) -> None:
+def report(run: str, runs: RunsOption = str(RUNS)) -> None:
     """Draw a run: one HTML page with its curves and its samples."""
     from training.report import write_report
 
-    typer.echo(write_report(_run_folder(run)))
+    typer.echo(write_report(_run_folder(run, runs)))
 
 
 @app.command()
@@ -150,7 +162,7 @@ def evaluate(
             raise ValueError(f"evaluate {model}: no run of that name; for a model folder, name data to measure it on")
         from training.evaluate import evaluate_model
 
-        _show(measures_table(evaluate_model(model, data, source_language=source, target_language=target)))
+        show(measures_table(evaluate_model(model, data, source_language=source, target_language=target)))
         return
     if data:
         folder = RUNS / model / "STAGE" / "model"
@@ -162,7 +174,7 @@ def evaluate(
     if recipe.evaluate is None:
         recipe = recipe.model_copy(update={"evaluate": EvaluateConfig()})
     pipeline.train(recipe, RUNS, only="evaluate", say=typer.echo)
-    _show(measures_table(pipeline.describe_run(RUNS / model)["stages"]["evaluate"]["metrics"]))
+    show(measures_table(pipeline.describe_run(RUNS / model)["stages"]["evaluate"]["metrics"]))
 
 
 @app.command("import")
@@ -182,7 +194,7 @@ def import_(
 
 @app.command()
 def serve(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file; options below go before it.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML, ours or Serve's; options below go before it.")] = None,
     chat: Annotated[
         list[str], typer.Option(metavar="MODEL", help="A model folder, NAME=FOLDER, or a run. Repeat for more.")
     ] = [],  # noqa: B006
@@ -329,7 +341,7 @@ def models(server: ServerOption = DEFAULT_SERVER) -> None:
     from services.listing import models_table
 
     with Client(server, timeout=20) as client:
-        _show(models_table(client.list_models()))
+        show(models_table(client.list_models()))
 
 
 @app.command()
@@ -350,7 +362,7 @@ def bench_serve(
     """1 and 16 gRPC clients in bf16, beside transformers.generate one at a time, in the same run."""
     from services.bench import bench_serving
 
-    bench_serving(model, _show)
+    bench_serving(model, show)
 
 
 @bench.command("translate")
@@ -361,7 +373,7 @@ def bench_translate(
     """1, 16 and 64 gRPC callers, beside transformers.generate one by one and in a batch, in the same run."""
     from services.bench_translation import bench_translation
 
-    bench_translation(model, pairs, _show)
+    bench_translation(model, pairs, show)
 
 
 @bench.command("draw")
@@ -371,7 +383,7 @@ def bench_draw(
     """1 and 8 gRPC callers, beside diffusers' own pipeline one by one, in the same run."""
     from services.bench_image import bench_drawing
 
-    bench_drawing(model, _show)
+    bench_drawing(model, show)
 
 
 @bench.command("train")
@@ -392,24 +404,13 @@ def _typed(words: list[str]) -> str:
     return text
 
 
-def _recipe(recipe: str, changes: list[str], workers: int | None, run: str | None) -> "Recipe":
-    from training.config import load_recipe
+def _run_folder(run: str, runs: str = str(RUNS)) -> Path:
+    from training.pipeline import run_folder
 
-    more = [f"workers={workers}"] if workers is not None else []
-    more += [f"name={run}"] if run is not None else []
-    return load_recipe(recipe, [*changes, *more])
-
-
-def _run_folder(run: str) -> Path:
-    if not (RUNS / run / "run.json").is_file():
-        raise ValueError(f"run {run!r} not found in {RUNS}/; `chatforge runs` lists what there is")
-    return RUNS / run
-
-
-def _show(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console().print(renderable)
+    folder = run_folder(runs, run)
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"run {run!r} not found in {runs}/; `chatforge runs` lists what there is")
+    return folder
 
 
 if __name__ == "__main__":

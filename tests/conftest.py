@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,24 @@ def goes_on_with_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[..
         assert losses(stopped) == losses(undisturbed)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An S3 API on loopback."""
+    from s3 import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a new bucket, which this process and those it starts can use; copies go below tmp_path."""
+    settings = {"CHATFORGE_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in {**settings, **s3.env}.items():
+        monkeypatch.setenv(name, value)
+    return s3.bucket(f"b-{uuid.uuid4().hex[:12]}")
 
 
 def losses(run: Any) -> list[float]:

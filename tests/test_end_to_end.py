@@ -21,7 +21,7 @@ STAGES = ("tokenizer", "rank", "evaluate", *TRAINED)
 WAIT = 240  # seconds for one thing to happen, on a busy machine
 
 
-def nano(world, pairs, pictures):
+def nano(world, pictures):
     """Every stage, as small as it goes, with a checkpoint every few steps."""
     shared = {"batch_size": 8, "micro_batch_size": 8, "checkpoint_every": 4, "dtype": "fp32"}
     size = {"num_layers": 2, "num_heads": 2, "hidden_size": 32}
@@ -39,7 +39,7 @@ def nano(world, pairs, pictures):
         "rank": {"prompts": [str(world.prompts)], "num_prompts": 16, "max_new_tokens": 32},
         "reward": {"rankings": [str(world.rankings)], "num_train_epochs": 10, "learning_rate": 3e-3, **shared},
         "ppo": {"prompts": [str(world.prompts)], "total_episodes": 160, "response_length": 16, **shared},
-        "translation": {"pairs": [str(pairs)], "steps": 60, "eval_every": 6, "checkpoint_every": 4, **size, **tokens},
+        "translation": {"pairs": ["pairs.tsv"], "steps": 60, "eval_every": 6, "checkpoint_every": 4, **size, **tokens},
         "image_vae": {"channels": [8, 16], "latent_channels": 2, "perceptual_weight": 0.0, **drawn},
         "image": {"channels": [16, 32], "max_caption_tokens": 8, **net, **drawn},
         "evaluate": {"num_prompts": 8, "max_new_tokens": 16, "num_drawings": 4},
@@ -55,7 +55,7 @@ def folder(tmp_path_factory, tiny_world):
     np.savez(folder / "pictures.npz", images=np.broadcast_to(colours, (24, 16, 16, 3)))
     captions = [{"caption": "{} {} {}".format(*colour.flatten())} for colour in colours]
     (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in captions), "utf-8")
-    recipe = nano(tiny_world, pairs, folder / "pictures.npz")
+    recipe = nano(tiny_world, folder / "pictures.npz")
     (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     return folder
 

@@ -23,12 +23,17 @@ import_module(f"training.{stage}").run(getattr(config, kind).model_validate_json
 
 def two_workers(stage, config, root, val_fraction=0.05):
     """The exit codes and last words of two workers that train together."""
+    given = [str(root), stage, type(config).__name__, config.model_dump_json(), str(val_fraction)]
+    return two_processes(WORKER, given)
+
+
+def two_processes(code, given):
+    """The same of two processes that run `code`, each with its RANK."""
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(zero._free_port())}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
-    given = [str(root), stage, type(config).__name__, config.model_dump_json(), str(val_fraction)]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, *given],
+            [sys.executable, "-c", code, *given],
             env=shared | {"RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             text=True,

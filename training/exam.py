@@ -13,6 +13,7 @@ from serving.engine.api import Completion, SamplingParams
 from serving.model_folder import context_length
 from training import measure
 from training.config import EvaluateConfig, Recipe
+from training.copies import local_copy
 from training.data.chats import Message
 from training.data.prompts import read_prompts
 from training.data.split import split
@@ -20,6 +21,7 @@ from training.judges import judge
 from training.ppo_trainer import derived_seed
 from training.run import Run
 from training.stats import Estimate, distinct_n, mean_and_stderr, most_frequent, paired_difference
+from training.store import is_uri
 from training.tokenizer import encode_prompt
 from training.verdict import Result
 
@@ -40,7 +42,8 @@ class Exam:
             own = self.run.of(stage).model
             return str(own) if own.is_dir() else None
         ppo = self.recipe.ppo
-        return {"sft": ppo.model, "reward": ppo.reward_model}.get(stage) if ppo else None
+        named = {"sft": ppo.model, "reward": ppo.reward_model}.get(stage) if ppo else None
+        return str(local_copy(named)) if named and is_uri(named) else named
 
     @cached_property
     def prompts(self) -> list[list[Message]]:

@@ -3,10 +3,13 @@
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Self
 
+from training import mirror
 from training.run import Run
+from training.store import StoreError
 
 HEADLINE = (
     "loss",
@@ -26,6 +29,8 @@ class Progress:
         self._run = run
         self._done = done
         self._started = time.time()
+        self._elsewhere: list[dict[str, Any]] = []
+        self._look_again = 0.0
         self._thread = threading.Thread(target=self._terminal if sys.stdout.isatty() else self._lines, daemon=True)
 
     def __enter__(self) -> Self:
@@ -92,7 +97,16 @@ class Progress:
         return f"{timedelta(seconds=round(seconds))} left  "
 
     def _fresh(self) -> list[dict[str, Any]]:
-        return [line for line in self._run.metrics() if line["time"] >= self._started]
+        """The lines since the stage was started, from this disk or, where they are newer, from the run's store."""
+        lines = max(self._run.metrics(), self._stored(), key=lambda lines: lines[-1]["time"] if lines else 0.0)
+        return [line for line in lines if line["time"] >= self._started]
+
+    def _stored(self) -> list[dict[str, Any]]:
+        if self._run.store and time.monotonic() >= self._look_again:
+            self._look_again = time.monotonic() + mirror.FILES_EVERY
+            with suppress(StoreError):  # a bar can wait; the workers will say it
+                self._elsewhere = mirror.stored_metrics(self._run)
+        return self._elsewhere
 
     def _latest(self) -> dict[str, Any] | None:
         """The last value of every metric since the stage was started, with the last line's step."""
