@@ -345,11 +345,10 @@ def _explained(uri: str, doing: str) -> Iterator[None]:
 
 def _cause(uri: str, error: Exception) -> str:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    endpoint = _said(uri, "endpoint_override", *_ENDPOINTS) or "S3"
     for pattern, cause in _CAUSES:
         if re.search(pattern, said):
-            return cause.format(
-                credentials=_credentials(), endpoint=_said(uri, "endpoint_override", *_ENDPOINTS) or "S3"
-            )
+            return cause.format(credentials=_credentials(), endpoint=endpoint)
     return said
 
 
