@@ -1,6 +1,7 @@
 """The `chatforge` command. Every heavy import is inside the command that needs it, so `--help` answers at once.
 
-A user's mistake (ValueError) prints one line and exits 2, another failure that we foresee exits 1, Ctrl-C exits 130.
+A user's mistake (ValueError) prints one line and exits 2, another failure that we foresee exits 1, Ctrl-C exits 130,
+SIGTERM 143.
 """
 
 import signal

@@ -91,12 +91,33 @@ def test_stopped_by_sigterm_it_goes_on_from_the_step_it_was_at(nodes, folder, la
     wait_for_step(folder, "stopped", 3, process)
     os.kill(process.pid, signal.SIGTERM)
     finish(process, folder, "stopped", code=143)
-    assert "stopped after a checkpoint; the same command goes on" in said(folder, "stopped")
+    assert "stopped; the same command goes on" in said(folder, "stopped")
     step, _ = Run(folder / "runs" / "stopped", "pretrain").latest_checkpoint()
     assert step >= 3
     finish(start(folder, "stopped", *rare, before=nodes.command(0), env=nodes.env), folder, "stopped")
     assert f"goes on from step {step}" in said(folder, "stopped")
     assert losses(folder, "stopped") == pytest.approx(laptop, abs=1e-3)
+
+
+@pytest.mark.timeout(1200)
+def test_stopped_in_a_stage_without_checkpoints_it_starts_no_other(nodes, folder):
+    process = start(folder, "early", before=nodes.command(0), env=nodes.env)
+    wait_for(lambda: "tokenizer: starts" in said(folder, "early"), process, "the tokenizer starts")
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process, folder, "early", code=143)
+    assert "pretrain: starts" not in said(folder, "early")
+
+
+@pytest.mark.timeout(1200)
+def test_stopped_in_its_last_step_a_stage_is_done_and_no_other_starts(nodes, folder):
+    """No step is left that could make a checkpoint: the stage ends, its manifest is written."""
+    slow = ("--set", "pretrain.eval_every=1000", "--set", "evaluate={num_prompts: 4, max_new_tokens: 4}")
+    process = start(folder, "late", *slow, before=nodes.command(0), env=nodes.env)
+    wait_for_step(folder, "late", 40, process)  # the last, before the model is exported
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process, folder, "late", code=143)
+    assert (folder / "runs" / "late" / "pretrain" / "manifest.json").exists()
+    assert "evaluate: starts" not in said(folder, "late")
 
 
 @pytest.mark.timeout(1200)

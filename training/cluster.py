@@ -15,13 +15,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from training import placement
-from training.config import ConfigError, StageConfig
+from training.config import ConfigError, OptimizerConfig, StageConfig
 from training.device import ENVIRONMENT, backend, choose_device
 from training.notice import stopped_by_sigterm
 from training.progress import Progress
@@ -82,21 +82,24 @@ def resolve_device(requested: str, workers: int) -> str:
     return choose_device(requested, int(ray.cluster_resources().get("GPU", 0)), workers)
 
 
-def run_stage(config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int = 0) -> None:
+def run_stage(config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int = 0) -> bool:
     """Runs `training.STAGE.run(config, run)` on the most of `counts` workers that there is room for; shows progress.
 
     After a crash, and after a notice that a node will go, it goes on from its checkpoint on what is left.
     `state_bytes` is what weights and optimiser take together. Raises StageError or ConfigError as the stage did,
     StageError where the cluster has no room, StageCrashed when workers died more than RESTARTS times,
-    StageInterrupted after SIGTERM.
+    StageInterrupted after SIGTERM. Returns whether SIGTERM came too late for that: the stage is done, and no other
+    should start. A stage that makes no checkpoints ends with its process, at once.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
-    with Progress(run, done), stopped_by_sigterm(run):
+    leaving = stopped_by_sigterm(run) if isinstance(config, OptimizerConfig) else nullcontext(threading.Event())
+    with Progress(run, done), leaving as asked:
         try:
             _until_done(config, run, counts, state_bytes)
         finally:
             done.set()
+    return asked.is_set()
 
 
 def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int) -> None:
@@ -132,22 +135,29 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
 
 def _place(run: Run, counts: Sequence[int], state_bytes: int, again: bool) -> tuple[int, placement.Need]:
     """How many workers, and what each gets. Waits for nodes, up to a minute; then raises what is missing."""
+    from ray.autoscaler.sdk import request_resources
+
     deadline = time.monotonic() + placement.WAIT
+    # ZeRO-0 keeps the whole state in every worker; what the other levels save is not counted on here.
+    need = placement.Need(gpus=int(run.device == "cuda"), memory=0 if run.device == "cuda" else state_bytes)
     told = False
-    while True:
-        nodes = _nodes(only_answering=again)
-        # ZeRO-0 keeps the whole state in every worker; what the other levels save is not counted on here.
-        need = placement.Need(gpus=int(run.device == "cuda"), memory=0 if run.device == "cuda" else state_bytes)
-        workers = placement.most_workers(nodes, counts, need)
-        if workers is not None:
-            return workers, placement.with_all_cpus(nodes, workers, need)
-        shortage = placement.shortage(run.stage, nodes, counts, need)
-        if time.monotonic() > deadline:
-            raise (StageCrashed if again else StageError)(shortage)
-        if not told:
-            print(f"{shortage}. Waits {placement.WAIT:.0f} s for them", flush=True)
-            told = True
-        time.sleep(1.0)
+    try:
+        while True:
+            nodes = _nodes(only_answering=again)
+            workers = placement.most_workers(nodes, counts, need)
+            if workers is not None:
+                return workers, placement.with_all_cpus(nodes, workers, need)
+            shortage = placement.shortage(run.stage, nodes, counts, need)
+            if time.monotonic() > deadline:
+                raise (StageCrashed if again else StageError)(shortage)
+            if not told:
+                print(f"{shortage}. Waits {placement.WAIT:.0f} s for them", flush=True)
+                request_resources(bundles=[need.resources] * min(counts))  # of an autoscaler, where there is one
+                told = True
+            time.sleep(1.0)
+    finally:
+        if told:
+            request_resources(bundles=[])
 
 
 def _nodes(only_answering: bool) -> placement.Nodes:

@@ -22,12 +22,15 @@ _NAMESPACE = "chatforge"
 
 
 @contextmanager
-def stopped_by_sigterm(run: Run) -> Iterator[None]:
-    """Inside, SIGTERM asks the stage's workers to leave after a checkpoint; a second one ends this process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def stopped_by_sigterm(run: Run) -> Iterator[threading.Event]:
+    """Inside, SIGTERM asks the stage's workers to leave after a checkpoint; a second one ends this process at once.
+
+    Yields what is set once it was asked: a stage in its last step makes no checkpoint any more, and ends instead.
+    """
     asked, over = threading.Event(), threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
     before = signal.getsignal(signal.SIGTERM)
 
     def on_terminate(*_: object) -> None:
@@ -47,7 +50,7 @@ def stopped_by_sigterm(run: Run) -> Iterator[None]:
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:
-        yield
+        yield asked
     finally:
         over.set()
         teller.join()

@@ -34,7 +34,7 @@ from training.config import (
 )
 from training.data.sources import fingerprint
 from training.hashes import model_id, output_hash
-from training.run import Run, StageError
+from training.run import Run, StageError, StageInterrupted
 from training.store import check, is_uri
 
 RUNS = Path("runs")
@@ -110,11 +110,13 @@ def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
     mirror.write_file(run.root, run.store, f"{name}/started.json", json.dumps(identity, indent=2) + "\n")
     say(f"{name}: {'goes on ' + why if state == 'resume' else 'starts'} on {run.workers} × {run.device}")
     started = time.time()
-    cluster.run_stage(config, run, worker_counts(recipe, config), state_bytes(recipe, config))
+    asked_to_stop = cluster.run_stage(config, run, worker_counts(recipe, config), state_bytes(recipe, config))
     mirror.pull_files(run.root, run.store)
     _write_manifest(run, identity, time.time() - started)
     mirror.forget_checkpoints(run)  # done: nothing will go on from them
     say(f"{name}: done in {time.time() - started:.0f} s  {_brief(run.final_metrics())}")
+    if asked_to_stop:
+        raise StageInterrupted(stopped=True)
 
 
 def stage_run(recipe: Recipe, root: Path, name: str, device: str = "cpu", store: str | None = None) -> Run:
