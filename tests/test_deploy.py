@@ -1,6 +1,9 @@
 """The manifests are right, every overlay and job; and what would be wrong with them is found, by a table of breaks."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 from services.config import ServerConfigError
 from services.serve_config import short_form
 from training.config import shipped_recipes
+from training.store import open_store
 
 SERVE_FILES = sorted(K8S.rglob("serve.yaml"))
 
@@ -64,6 +68,27 @@ def test_a_broken_serve_config_is_told_by_its_key() -> None:
     tree["applications"][1]["args"]["replica"] = 2
     with pytest.raises(ServerConfigError, match=r"applications\.chat\.args\.replica: no such key"):
         short_form(tree)
+
+
+@built
+def test_a_worker_fetches_its_models_out_of_the_bucket(tmp_path: Path) -> None:
+    """The init container's own code, with folders in the places of the pod's, and of the bucket."""
+    (service,) = (item for item in build(K8S / S3) if item["kind"] == "RayService")
+    pod = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    (code,) = pod["initContainers"][0]["args"]
+    models, served, bucket = tmp_path / "models", tmp_path / "serve.yaml", f"file://{tmp_path}/bucket"
+    served.write_text(service["spec"]["serveConfigV2"], "utf-8")
+    named = ["assistant/ppo/model", "translation-base/translation/model", "image-sd/image/model"]
+    for name in named:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(name, "utf-8")
+        open_store(bucket).push(tmp_path / name, name)
+    code = code.replace('"/models"', repr(str(models))).replace('"/etc/serve/serve.yaml"', repr(str(served)))
+    settings = os.environ | {"CHATFORGE_RUNS": bucket}
+    subprocess.run([sys.executable, "-c", code], env=settings, timeout=60, check=True)
+    assert {path.relative_to(models).as_posix() for path in models.rglob("*.json")} == {
+        f"{name}/config.json" for name in named
+    }
 
 
 @built

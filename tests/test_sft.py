@@ -42,6 +42,26 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_w
     goes_on_with_the_same_losses(sft, make_run, at=11)  # in the second epoch
 
 
+def test_an_epochs_validation_loss_is_not_lost_with_a_kill_after_its_checkpoint(make_run, monkeypatch):
+    config, undisturbed = make_run("undisturbed")
+    sft.run(config, undisturbed)
+    epoch = undisturbed.metrics()[0]["total"] // 2
+    config, killed = make_run("killed", checkpoint_every=epoch)
+    adopt = zero.adopt_checkpoint
+
+    def die(run, step, written):
+        adopt(run, step, written)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zero, "adopt_checkpoint", die)
+        sft.run(config, killed)
+    assert killed.latest_checkpoint()[0] == epoch
+    sft.run(config, killed)
+    measured = [[line["val_loss"] for line in r.metrics() if "val_loss" in line] for r in (undisturbed, killed)]
+    assert measured[0] == measured[1] and len(measured[0]) == 2
+
+
 def test_lora_is_merged_in_the_export(make_run, tiny_world):
     config, run = make_run(lora={"r": 4, "alpha": 8})
     sft.run(config, run)

@@ -36,7 +36,6 @@ def run(config: SFTConfig, run: Run) -> None:
     arguments = TRLSFTConfig(
         **trainer_arguments(config, run, config.num_train_epochs),
         max_length=None,  # tokenize() has cut whole turns already
-        eval_strategy="epoch" if held_out else "no",
     )
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(start, dtype="float32", use_safetensors=True),

@@ -98,6 +98,9 @@ class _RunCallback(TrainerCallback):
         self._run.log(state.global_step, state.max_steps, **kept)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Before the step's checkpoint: transformers' own evaluation of an epoch comes after it, and is lost by a kill.
+        if self._trainer.eval_dataset is not None and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+            control.should_evaluate = True
         if zero.heard(self._run) != notice.NOTHING:
             control.should_save = True
 
