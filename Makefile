@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	$(BIN)/chatforge demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -44,6 +44,7 @@ bench: $(INSTALLED)
 	$(BIN)/chatforge bench translate
 	$(BIN)/chatforge bench draw
 	$(BIN)/chatforge bench train
+	$(BIN)/chatforge bench submit
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -387,6 +387,14 @@ def bench_draw(
     bench_drawing(model, show)
 
 
+@bench.command("submit")
+def bench_submit() -> None:
+    """Time from the command to the first step, and a step's, by a bare process, `train` and `submit`."""
+    from services.bench_submit import bench_submission
+
+    bench_submission(show)
+
+
 @bench.command("train")
 def bench_train() -> None:
     """Tokens per second of the pretraining loop, beside a bare PyTorch loop."""

@@ -36,6 +36,7 @@ COMMANDS = {
     "bench serve": "model",
     "bench translate": "model pairs",
     "bench draw": "model",
+    "bench submit": "",
     "bench train": "",
 }
 

@@ -105,11 +105,13 @@ def wait_for_step(folder: Path, step: int, client: "subprocess.Popen[str]") -> N
     eventually(taken, WAIT)
 
 
-def drivers() -> list[psutil.Process]:
+def drivers(folder: Path) -> list[psutil.Process]:
+    """Of this file's jobs: other tests train recipes of that name too."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if "train nano.yaml" in " ".join(process.cmdline()):
+            words = " ".join(process.cmdline())
+            if "train nano.yaml" in words and str(folder / "shared") in words:
                 found.append(process)
     return found
 
@@ -174,14 +176,14 @@ def test_a_stop_is_clean_and_told_to_everybody(told: Told, folder: Path) -> None
     assert told.client.returncode == 143
     assert told.client.stderr.endswith("error: job nano-000001 was stopped; submitted again, the run goes on\n")
     latest = Run(folder / "shared" / "nano", "pretrain").latest_checkpoint()
-    assert latest and latest[0] < STEPS and not drivers()
+    assert latest and latest[0] < STEPS and not drivers(folder)
 
 
 def test_the_same_command_goes_on_and_submits_again_when_the_driver_dies(told: Told, folder: Path) -> None:
     stopped_at = Run(folder / "shared" / "nano", "pretrain").metrics()[-1]["step"]
     client = start_command(submit(folder, "--retries", "1"), folder)
     wait_for_step(folder, stopped_at + 20, client)
-    for driver in drivers():
+    for driver in drivers(folder):
         driver.kill()
     out, err = client.communicate(timeout=2 * WAIT)
     assert client.returncode == 0, out + err

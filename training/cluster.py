@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from training import placement
-from training.config import ConfigError, OptimizerConfig, StageConfig
+from training.config import ConfigError, OptimizerConfig, PPOConfig, StageConfig
 from training.device import ENVIRONMENT, backend, choose_device
 from training.notice import stopped_by_sigterm
 from training.progress import Progress
@@ -109,7 +109,7 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
     crashes, end, began = 0, "", False
     while end != _DONE:
         try:
-            workers, need = _place(run, counts, state_bytes, again=began)
+            workers, need = _place(config, run, counts, state_bytes, again=began)
             began = True
             if len(counts) > 1:
                 print(f"{run.stage}: {workers} workers of {need}", flush=True)
@@ -133,13 +133,19 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
             print(f"{run.stage}: a node is about to go; starts again from its checkpoint", flush=True)
 
 
-def _place(run: Run, counts: Sequence[int], state_bytes: int, again: bool) -> tuple[int, placement.Need]:
+def _place(
+    config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int, again: bool
+) -> tuple[int, placement.Need]:
     """How many workers, and what each gets. Waits for nodes, up to a minute; then raises what is missing."""
     from ray.autoscaler.sdk import request_resources
 
     deadline = time.monotonic() + placement.WAIT
     # ZeRO-0 keeps the whole state in every worker; what the other levels save is not counted on here.
-    need = placement.Need(gpus=int(run.device == "cuda"), memory=0 if run.device == "cuda" else state_bytes)
+    need = placement.Need(
+        gpus=int(run.device == "cuda"),
+        memory=0 if run.device == "cuda" else state_bytes,
+        engines=config.rollout_engines if isinstance(config, PPOConfig) else 0,
+    )
     told = False
     try:
         while True:
@@ -152,7 +158,8 @@ def _place(run: Run, counts: Sequence[int], state_bytes: int, again: bool) -> tu
                 raise (StageCrashed if again else StageError)(shortage)
             if not told:
                 print(f"{shortage}. Waits {placement.WAIT:.0f} s for them", flush=True)
-                request_resources(bundles=[need.resources] * min(counts))  # of an autoscaler, where there is one
+                # Of an autoscaler, where there is one.
+                request_resources(bundles=[need.resources] * (min(counts) * need.parts))
                 told = True
             time.sleep(1.0)
     finally:

@@ -182,6 +182,7 @@ class PPOConfig(TrainingConfig):
     prompts: Sources
     total_episodes: Positive
     response_length: Positive = 32  # tokens a completion may have
+    rollout_engines: Annotated[int, Field(ge=0)] = 0  # Ray actors beside each worker that sample in its place
     temperature: Rate = 1.0
     num_ppo_epochs: Positive = 4
     num_mini_batches: Positive = 2
@@ -198,6 +199,8 @@ class PPOConfig(TrainingConfig):
     critic_learning_rate: Rate = 3e-4
     max_kl: Rate = 50.0  # gate: mean nats per completion at which a run has lost its reference
     lora: LoraConfig | None = None
+
+    runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"rollout_engines"}
 
     @property
     def num_rollouts(self) -> int:

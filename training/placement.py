@@ -5,7 +5,7 @@ Pure functions of what Ray says of its nodes: {"CPU": 8.0, "GPU": 1.0, "memory":
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Nodes = Mapping[str, Mapping[str, float]]
 WAIT = float(os.environ.get("CHATFORGE_PLACEMENT_TIMEOUT_S", "60"))  # for nodes that an autoscaler may be starting
@@ -18,6 +18,12 @@ class Need:
     cpus: int = 1
     gpus: int = 0
     memory: int = 0  # bytes of main memory; 0 where it is not known
+    engines: int = 0  # rollout engines beside it, each of which takes as much again
+
+    @property
+    def parts(self) -> int:
+        """What is placed for one worker, each part wherever it fits."""
+        return 1 + self.engines
 
     @property
     def resources(self) -> dict[str, float]:
@@ -29,19 +35,20 @@ class Need:
         parts = [f"{self.gpus} GPU"] if self.gpus else []
         parts += [f"{self.cpus} CPU"]
         parts += [f"{self.memory / 2**30:.1f} GiB of memory"] if self.memory else []
-        return ", ".join(parts)
+        beside = f" with {self.engines} rollout engine{'s' * (self.engines > 1)} of as much beside each"
+        return ", ".join(parts) + (beside if self.engines else "")
 
 
 def capacity(nodes: Nodes, need: Need) -> int:
-    """How many workers the nodes hold together; one worker cannot be spread over two."""
-    return sum(_fits(node, need) for node in nodes.values())
+    """How many workers the nodes hold together; one cannot be spread over two, but its engines may be elsewhere."""
+    return sum(_fits(node, need) for node in nodes.values()) // need.parts
 
 
 def with_all_cpus(nodes: Nodes, workers: int, need: Need) -> Need:
     """The same need with as many CPUs for each of `workers` as the nodes have: threads that would else be idle."""
     most = int(max((node.get("CPU", 0.0) for node in nodes.values()), default=1))
     for cpus in range(most, need.cpus, -1):
-        more = Need(cpus, need.gpus, need.memory)
+        more = replace(need, cpus=cpus)
         if capacity(nodes, more) >= workers:
             return more
     return need
@@ -74,7 +81,7 @@ def _missing(nodes: Nodes, workers: int, need: Need) -> dict[str, float]:
     units = {"CPU": 1.0, "GPU": 1.0, "memory": 2.0**30}
     found = {}
     for name, amount in need.resources.items():
-        short = amount * workers - sum(node.get(name, 0.0) for node in nodes.values())
+        short = amount * workers * need.parts - sum(node.get(name, 0.0) for node in nodes.values())
         if short > 0:
             found["GiB of memory" if name == "memory" else name] = round(short / units[name], 1)
     return found

@@ -1,8 +1,9 @@
 """PPO: improve the SFT policy under the learned reward, near the policy it started from (Ouyang et al. 2022, 3.5).
 
 This file puts the parts together: the loop is in ppo_trainer, the mathematics in ppo_math, what is asked of models in
-ppo_models, sampling in ppo_rollout. Leaves out: pretraining gradients mixed in (PPO-ptx), an entropy bonus, a reward
-per token, early stopping inside the epochs of a rollout, sampling beside the update.
+ppo_models, sampling in ppo_rollout, or by actors of its own in ppo_engines. Leaves out: pretraining gradients mixed in
+(PPO-ptx), an entropy bonus, a reward per token, early stopping inside the epochs of a rollout, sampling beside the
+update.
 """
 
 import json
@@ -22,6 +23,7 @@ from training import zero
 from training.config import LoraConfig, PPOConfig
 from training.data.prompts import read_prompts
 from training.data.split import split
+from training.ppo_engines import RemoteRollouts
 from training.ppo_math import warmed_up
 from training.ppo_models import RewardModel, Scorer, frozen_copy
 from training.ppo_rollout import Rollouts
@@ -52,17 +54,21 @@ def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrain
     tokenizer = AutoTokenizer.from_pretrained(start)
     policy = load(AutoModelForCausalLM, start)
     prompts = encode_prompts(config, run, tokenizer, policy.config.max_position_embeddings)
-    copy = frozen_copy(policy) if config.lora or config.zero_stage == 3 else None
+    copied = not config.rollout_engines and (config.lora or config.zero_stage == 3)
+    copy = frozen_copy(policy) if copied else None
     models = build_models(config, run, policy, reward)
-    sampled = models.policy.module if copy is None else copy.to(models.policy.device)
-    engine = TorchEngine(
-        sampled,
-        tokenizer,
-        max_num_seqs=min(MAX_NUM_SEQS, config.batch_size // run.workers),
-        max_model_len=max(map(len, prompts)) + config.response_length,
-    )
     params = SamplingParams(max_new_tokens=config.response_length, temperature=config.temperature)
-    rollouts = Rollouts(models.policy.module, sampled, engine, params)
+    engines = max(1, config.rollout_engines)
+    size = {
+        "max_num_seqs": min(MAX_NUM_SEQS, -(-config.batch_size // (run.workers * engines))),
+        "max_model_len": max(map(len, prompts)) + config.response_length,
+    }
+    rollouts: Rollouts | RemoteRollouts
+    if config.rollout_engines:
+        rollouts = RemoteRollouts(models.policy.module, engines, params, policy.config, tokenizer, **size)
+    else:
+        sampled = models.policy.module if copy is None else copy.to(models.policy.device)
+        rollouts = Rollouts(models.policy.module, sampled, TorchEngine(sampled, tokenizer, **size), params)
     return PPOTrainer(PPOArguments.of(config, run), run, models, rollouts, prompts, tokenizer)
 
 

@@ -23,6 +23,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from training import notice, ppo_math, zero
 from training.config import PPOConfig
+from training.ppo_engines import RemoteRollouts
 from training.ppo_models import Episodes, logprobs, logprobs_and_entropy, state_values
 from training.ppo_rollout import Rollouts
 from training.run import Run, StageError
@@ -117,7 +118,7 @@ class PPOTrainer(_BaseTrainer):
         args: PPOArguments,
         run: Run,
         models: PPOModels,
-        rollouts: Rollouts,
+        rollouts: Rollouts | RemoteRollouts,
         prompts: list[list[int]],
         processing_class: Any,
     ) -> None:

@@ -99,7 +99,8 @@ class _RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # Before the step's checkpoint: transformers' own evaluation of an epoch comes after it, and is lost by a kill.
-        if self._trainer.eval_dataset is not None and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+        ends = state.epoch.is_integer() or state.global_step >= state.max_steps
+        if self._trainer.eval_dataset is not None and ends:
             control.should_evaluate = True
         if zero.heard(self._run) != notice.NOTHING:
             control.should_save = True
