@@ -29,7 +29,7 @@ _BARE = """
 import sys
 from pathlib import Path
 from training import pretrain
-from training.config import load_recipe
+from training.recipe import load_recipe
 from training.run import Run
 recipe = load_recipe(sys.argv[1], [])
 run = Run(Path(sys.argv[2]), "pretrain", recipe.seed, val_fraction=recipe.val_fraction)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from services import cli_jobs
+from services import cli_bench, cli_jobs
 from services.cli_options import RecipeArgument, RunOption, RunsOption, SetOption, WorkersOption, read_recipe, show
 
 RUNS = Path("runs")
@@ -67,8 +67,7 @@ app = typer.Typer(
     add_completion=False,
     help="Train your own ChatGPT, and serve it over gRPC.",
 )
-bench = typer.Typer(no_args_is_help=True, help="The benchmarks, each beside its peers.")
-app.add_typer(bench, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_jobs.app)
 
 ServerOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to talk to.")]
@@ -169,7 +168,8 @@ def evaluate(
         folder = RUNS / model / "STAGE" / "model"
         raise ValueError(f"evaluate {model}: a run is measured on its own held-out data; for other data name {folder}")
     from training import pipeline
-    from training.config import EvaluateConfig, Recipe
+    from training.config import EvaluateConfig
+    from training.recipe import Recipe
 
     recipe = Recipe.model_validate_json((RUNS / model / "run.json").read_text("utf-8"))
     if recipe.evaluate is None:
@@ -354,53 +354,6 @@ def health(server: ServerOption = DEFAULT_SERVER) -> None:
         status = client.health()
     typer.echo(status)
     raise typer.Exit(0 if status == "SERVING" else 1)
-
-
-@bench.command("serve")
-def bench_serve(
-    model: Annotated[str, typer.Argument(help="A model folder or a run.")] = "models/SmolLM2-135M-Instruct",
-) -> None:
-    """1 and 16 gRPC clients in bf16, beside transformers.generate one at a time, in the same run."""
-    from services.bench import bench_serving
-
-    bench_serving(model, show)
-
-
-@bench.command("translate")
-def bench_translate(
-    model: Annotated[str, typer.Argument(help="A translation model's folder or a run.")] = "translation-tiny",
-    pairs: Annotated[str, typer.Argument(help="Sentence pairs, as a recipe names them.")] = "sample:emoji-names",
-) -> None:
-    """1, 16 and 64 gRPC callers, beside transformers.generate one by one and in a batch, in the same run."""
-    from services.bench_translation import bench_translation
-
-    bench_translation(model, pairs, show)
-
-
-@bench.command("draw")
-def bench_draw(
-    model: Annotated[str, typer.Argument(help="An image model's folder or a run.")] = "image-tiny",
-) -> None:
-    """1 and 8 gRPC callers, beside diffusers' own pipeline one by one, in the same run."""
-    from services.bench_image import bench_drawing
-
-    bench_drawing(model, show)
-
-
-@bench.command("submit")
-def bench_submit() -> None:
-    """Time from the command to the first step, and a step's, by a bare process, `train` and `submit`."""
-    from services.bench_submit import bench_submission
-
-    bench_submission(show)
-
-
-@bench.command("train")
-def bench_train() -> None:
-    """Tokens per second of the pretraining loop, beside a bare PyTorch loop."""
-    from training.bench import bench_training
-
-    bench_training()
 
 
 def _typed(words: list[str]) -> str:

@@ -18,7 +18,7 @@ from services.cli_options import RecipeArgument, RunOption, SetOption, WorkersOp
 if TYPE_CHECKING:
     from services.dashboard import Job
     from services.jobs import Submission
-    from training.config import Recipe
+    from training.recipe import Recipe
 
 app = typer.Typer()
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from training.config import Recipe
+    from training.recipe import Recipe
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sft.batch_size=8.")]
@@ -23,7 +23,7 @@ RunsOption = Annotated[
 
 def read_recipe(recipe: str, changes: list[str], workers: str | None, run: str | None) -> "Recipe":
     """A recipe with what the command line changes in it; raises ConfigError."""
-    from training.config import load_recipe
+    from training.recipe import load_recipe
 
     more = [f"workers={workers}"] if workers is not None else []
     more += [f"name={run}"] if run is not None else []

@@ -16,7 +16,7 @@ from services.config import ChatModelConfig, ImageModelConfig, ServerConfig, Tra
 from services.easel import Easel, in_english
 
 if TYPE_CHECKING:
-    from training.config import Recipe
+    from training.recipe import Recipe
 
 CHAT_RECIPE, TRANSLATION_RECIPE, IMAGE_RECIPE = "tiny", "translation-tiny", "image-tiny"
 PRETRAINED = Path("models/SmolLM2-135M-Instruct")
@@ -30,7 +30,7 @@ OURS, THEIRS = "tiny", "smollm2"
 
 def run_demo(runs: Path) -> None:
     """Trains, imports, serves, asks, and ends with nothing running. Raises ValueError where a package is missing."""
-    from training.config import load_recipe
+    from training.recipe import load_recipe
 
     file = pretrained_file()
     recipes = [load_recipe(name) for name in (CHAT_RECIPE, TRANSLATION_RECIPE, IMAGE_RECIPE)]

@@ -20,7 +20,8 @@ from services.app import ENVIRONMENT
 from services.config import ServerConfigError
 from services.proxy import APPLICATIONS
 from services.serve_config import short_form
-from training.config import ConfigError, load_recipe
+from training.config import ConfigError
+from training.recipe import load_recipe
 
 UsageError = typer.BadParameter.__bases__[0]  # typer's own copy of click's
 

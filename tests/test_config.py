@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from training.config import STAGES, ConfigError, PretrainConfig, Recipe, SFTConfig, load_recipe, shipped_recipes
+from training.config import ConfigError, PretrainConfig, SFTConfig
+from training.recipe import STAGES, Recipe, load_recipe, shipped_recipes
 
 
 def write(path, tree):

@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from services.config import ServerConfigError
 from services.serve_config import short_form
-from training.config import shipped_recipes
+from training.recipe import shipped_recipes
 from training.store import open_store
 
 SERVE_FILES = sorted(K8S.rglob("serve.yaml"))

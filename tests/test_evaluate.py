@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from serving.engine.api import Completion
 from training import evaluate
-from training.config import load_recipe
 from training.data.prompts import read_prompts
 from training.data.rankings import read_rankings
 from training.data.split import held_out, split
 from training.data.text import tokenize_to_shards
 from training.exam import Answers, Exam, compare, summary
+from training.recipe import load_recipe
 from training.reward import HELD_OUT
 from training.run import Run, StageError, write_atomic
 from training.tokenizer import encode_prompt

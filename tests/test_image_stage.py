@@ -13,10 +13,11 @@ from workers import two_workers
 
 from serving.image.components import load_components
 from training import image, image_vae, zero
-from training.config import ConfigError, ImageConfig, ImageVaeConfig, load_recipe, shipped_recipes
+from training.config import ConfigError, ImageConfig, ImageVaeConfig
 from training.data.pictures import Pictures
 from training.image_parts import fresh_scheduler, fresh_unet, load_text_encoder
 from training.measure_image import measure_image
+from training.recipe import load_recipe, shipped_recipes
 from training.run import Run, StageError
 
 COLOURS = {"red": (230, 40, 30), "green": (40, 170, 60), "blue": (40, 70, 220), "black": (20, 20, 20)}

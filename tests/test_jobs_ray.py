@@ -105,6 +105,10 @@ def wait_for_step(folder: Path, step: int, client: "subprocess.Popen[str]") -> N
     eventually(taken, WAIT)
 
 
+def last_step(folder: Path) -> int:
+    return Run(folder / "shared" / "nano", "pretrain").metrics()[-1]["step"]
+
+
 def drivers(folder: Path) -> list[psutil.Process]:
     """Of this file's jobs: other tests train recipes of that name too."""
     found = []
@@ -179,17 +183,24 @@ def test_a_stop_is_clean_and_told_to_everybody(told: Told, folder: Path) -> None
     assert latest and latest[0] < STEPS and not drivers(folder)
 
 
-def test_the_same_command_goes_on_and_submits_again_when_the_driver_dies(told: Told, folder: Path) -> None:
-    stopped_at = Run(folder / "shared" / "nano", "pretrain").metrics()[-1]["step"]
-    client = start_command(submit(folder, "--retries", "1"), folder)
-    wait_for_step(folder, stopped_at + 20, client)
-    for driver in drivers(folder):
+def test_the_same_command_goes_on_when_its_driver_dies_and_when_the_head_does(
+    told: Told, head: nodes.Cluster, folder: Path
+) -> None:
+    """A head that starts anew knows of no job: the run is submitted to it as its first."""
+    client = start_command(submit(folder, "--retries", "2"), folder)
+    wait_for_step(folder, last_step(folder) + 20, client)
+    killed = drivers(folder)
+    for driver in killed:
         driver.kill()
+    eventually(lambda: set(drivers(folder)) - set(killed), WAIT)
+    wait_for_step(folder, last_step(folder) + 20, client)
+    head.restart_head(cpus=2)
     out, err = client.communicate(timeout=2 * WAIT)
     assert client.returncode == 0, out + err
-    assert out.count("pretrain: goes on from step ") == 2 and "tokenizer: starts" not in out
-    assert "job nano-000002 failed: its driver was killed by signal 9; retry 1 of 1" in err
-    assert err.endswith("job nano-000003 is done\n")
+    assert out.count("pretrain: goes on from step ") == 3 and "tokenizer: starts" not in out
+    assert "job nano-000002 failed: its driver was killed by signal 9; retry 1 of 2" in err
+    assert "job nano-000003 failed: the cluster does not know it; was its head restarted?; retry 2 of 2" in err
+    assert err.endswith("job nano-000001 is done\n")
     steps = [line["step"] for line in Run(folder / "shared" / "nano", "pretrain").metrics()]
     assert steps == sorted(steps) and steps[-1] == STEPS
 

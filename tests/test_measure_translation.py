@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from training import evaluate, measure_translation, translation, zero
-from training.config import EvaluateConfig, Recipe
+from training.config import EvaluateConfig
 from training.data.pairs import Pair
+from training.recipe import Recipe
 from training.report import write_report
 from training.run import Run, StageError, write_atomic
 from training.verdict import headline, warnings

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from services.packing import LIMIT, Package, PackingError, amount, code_files, pack
-from training.config import ConfigError, Recipe, load_recipe, shipped_recipes
+from training.config import ConfigError
 from training.data.records import DataError
 from training.inputs import local_inputs
+from training.recipe import Recipe, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ("mine.yaml", "name: mine\n")

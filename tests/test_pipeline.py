@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from training import pipeline
-from training.config import ConfigError, Recipe
+from training.config import ConfigError
 from training.data.records import DataError
+from training.recipe import Recipe
 from training.run import StageError, save_model, write_atomic
 
 

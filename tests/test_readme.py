@@ -10,13 +10,13 @@ import typer
 import yaml
 
 from services.config import ServerConfig
-from training.config import load_recipe
 from training.data.captions import read_captioned
 from training.data.chats import read_chats
 from training.data.pairs import read_pairs
 from training.data.prompts import read_prompts
 from training.data.rankings import read_rankings
 from training.data.text import read_documents
+from training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from training import figures
-from training.config import load_recipe
 from training.page import Html, tag
+from training.recipe import load_recipe
 from training.report import figure, write_report
 from training.report_tables import duration, number
 from training.run import StageError, write_atomic

@@ -84,7 +84,7 @@ def test_a_stage_finds_the_model_that_its_config_names_by_a_uri(bucket, tmp_path
 
 
 def test_an_evaluation_finds_it_too(bucket, tmp_path):
-    from training.config import Recipe
+    from training.recipe import Recipe
 
     open_store(bucket).push(fill(tmp_path / "here", {"config.json": "{}"}), "m")
     ppo = {"prompts": ["a"], "total_episodes": 1, "model": f"{bucket}/m", "reward_model": "owner/name"}

@@ -12,8 +12,9 @@ from services_world import run_command
 from workers import two_processes
 
 from training import mirror, pipeline, pretrain, zero
-from training.config import PretrainConfig, Recipe
+from training.config import PretrainConfig
 from training.progress import Progress
+from training.recipe import Recipe
 from training.run import Run, save_model
 from training.store import open_store
 

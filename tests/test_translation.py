@@ -263,7 +263,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_setting_is_refused(case, tmp_path):
-    from training.config import load_recipe
+    from training.recipe import load_recipe
 
     changes, said = REFUSED[case]
     sets = [f"translation.{key}={json.dumps(value)}" for key, value in changes.items()]

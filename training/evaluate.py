@@ -23,13 +23,14 @@ from transformers import AutoTokenizer
 from serving.model_folder import describe
 from training import measure, zero
 from training.baselines import fit_bag_of_words, longer_wins
-from training.config import EvaluateConfig, Recipe, RewardConfig
+from training.config import EvaluateConfig, RewardConfig
 from training.data.rankings import Ranking, read_rankings
 from training.data.split import split
 from training.data.text import PackedTokens, read_documents
 from training.exam import Answers, Exam, answer, compare, fixed_answers, shown, side_by_side, summary
 from training.measure_translation import measure_translation, score_pairs
 from training.rank import rankings_path
+from training.recipe import Recipe
 from training.reward import HELD_OUT
 from training.run import Run, StageError, write_atomic
 from training.stats import Estimate, pearson, ratio_and_stderr, spearman

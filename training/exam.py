@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoTokenizer
 from serving.engine.api import Completion, SamplingParams
 from serving.model_folder import context_length
 from training import measure
-from training.config import EvaluateConfig, Recipe
+from training.config import EvaluateConfig
 from training.copies import local_copy
 from training.data.chats import Message
 from training.data.prompts import read_prompts
 from training.data.split import split
 from training.judges import judge
 from training.ppo_trainer import derived_seed
+from training.recipe import Recipe
 from training.run import Run
 from training.stats import Estimate, distinct_n, mean_and_stderr, most_frequent, paired_difference
 from training.store import is_uri

@@ -7,9 +7,10 @@ other machine has, and `hub:`, `sample:` and URIs are fetched there: none of the
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.config import PIXELS, ConfigError, Recipe, StageConfig
+from training.config import PIXELS, ConfigError, StageConfig
 from training.data.sources import resolve, with_pictures
 from training.pipeline import MODELS, SOURCES
+from training.recipe import Recipe
 
 
 def local_inputs(recipe: Recipe) -> dict[str, tuple[Path, ...]]:

@@ -23,7 +23,6 @@ from training.config import (
     PPOConfig,
     PretrainConfig,
     RankConfig,
-    Recipe,
     RewardConfig,
     SFTConfig,
     StageConfig,
@@ -34,6 +33,7 @@ from training.config import (
 )
 from training.data.sources import fingerprint
 from training.hashes import model_id, output_hash
+from training.recipe import Recipe
 from training.run import Run, StageError, StageInterrupted
 from training.store import check, is_uri
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from training import figures, report_image, report_tables, report_translation
-from training.config import STAGES, Recipe
 from training.data.prompts import as_messages
 from training.page import Html, document, join, section, table, tag
 from training.pipeline import PARENTS, describe_run
+from training.recipe import STAGES, Recipe
 from training.report_tables import Json, duration, number
 from training.run import Run, read_jsonl, write_atomic
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from training.config import Recipe
 from training.figures import NAMES
 from training.page import Html, join, section, table, tag
+from training.recipe import Recipe
 from training.verdict import STOP_RATE
 
 Json = dict[str, Any]
