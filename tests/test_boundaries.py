@@ -12,8 +12,6 @@ ALLOWED = {
     "services": {"serving", "chatforge"},
     "services/cli.py": {"serving", "chatforge", "training"},
     "services/demo.py": {"serving", "chatforge", "training"},
-    "services/bench.py": {"serving", "chatforge", "training"},
-    "services/bench_translation.py": {"serving", "chatforge", "training"},
     "services/client.py": {"chatforge"},
     "services/replies.py": {"chatforge"},
     "services/transport.py": set(),
@@ -44,7 +42,7 @@ def allowed(relative):
     package = relative.parts[0]
     if name.startswith(MEASURES):
         return {"serving"}
-    if name.startswith("services/cli"):
+    if name.startswith(("services/cli", "services/bench")):
         return ALLOWED["services/cli.py"]
     return ALLOWED.get(name, ALLOWED[package])
 
