@@ -98,6 +98,22 @@ class Cluster:
         psutil.wait_procs(family, timeout=20)
         node.process.wait(20)
 
+    def drain(self, index: int) -> None:
+        """Tell Ray that a node will go, as a cloud's notice of preemption does."""
+        code = (
+            "import ray, sys, time\n"
+            "from ray.core.generated.autoscaler_pb2 import DrainNodeReason\n"
+            "ray.init(log_to_driver=False, logging_level='ERROR')\n"
+            "(node,) = [n for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == sys.argv[1]]\n"
+            "reason = DrainNodeReason.Value('DRAIN_NODE_REASON_PREEMPTION')\n"
+            "deadline = int((time.time() + 600) * 1000)\n"
+            "gcs = ray._raylet.GcsClient(address=sys.argv[2])\n"
+            "done, why = gcs.drain_node(node['NodeID'], reason, 'a test', deadline)\n"
+            "assert done, why\n"
+        )
+        words = [*self.command(0), sys.executable, "-c", code, self.node_ip(index), self.address]
+        subprocess.run(words, env=self.env, check=True)
+
     def restart_head(self, cpus: int = 1) -> None:
         """Kill the head and start it anew at the same address: it remembers nothing."""
         self.kill(0)

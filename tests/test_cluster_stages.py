@@ -1,0 +1,103 @@
+"""A worker's node is killed in every stage, and another joins: the numbers of the run that nobody disturbed.
+
+Several minutes, so it is asked for: KILL=rest. And a node that is about to be taken away: a checkpoint at once.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import nodes
+import pytest
+import yaml
+from nano import TRAINED, nano, trajectory, write_data
+
+from training.run import Run
+
+WAIT = 240  # seconds for one thing to happen, on a busy machine
+STEPS = 4000
+asked = pytest.mark.skipif(os.environ.get("KILL") != "rest", reason="takes minutes: KILL=rest asks for it")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The driver's node, where no worker fits, and one for the worker, the last of the list."""
+    if not nodes.can_have_namespaces():
+        pytest.skip("nodes cannot have addresses of their own here: one that is told to go could not be told apart")
+    with nodes.cluster(nodes=1, cpus=0) as made:
+        made.add(1)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_world):
+    folder = tmp_path_factory.mktemp("stages")
+    write_data(folder)
+    recipe = nano(tiny_world, folder)
+    (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    long = recipe["pretrain"] | {"tokens": 8 * 128 * STEPS, "checkpoint_every": 10**6, "eval_every": 10**6}
+    short = {key: recipe[key] for key in ("name", "seed", "val_fraction", "tokenizer")} | {"pretrain": long}
+    (folder / "long.yaml").write_text(yaml.safe_dump(short), "utf-8")
+    return folder
+
+
+def start(cluster, folder, name, recipe="nano.yaml"):
+    log = (folder / f"{name}.log").open("a")
+    command = [*cluster.command(0), sys.executable, "-m", "services.cli", "train", recipe, "--run", name]
+    env = cluster.env | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def said(folder, name):
+    return (folder / f"{name}.log").read_text()
+
+
+def wait_for_step(folder, name, stage, step, process):
+    run, deadline = Run(folder / "runs" / name, stage), time.monotonic() + WAIT
+    while not any(line["step"] >= step for line in run.metrics()):
+        assert process.poll() is None and time.monotonic() < deadline, said(folder, name)[-3000:]
+        time.sleep(0.02)
+
+
+def finish(process, folder, name):
+    assert process.wait(2 * WAIT) == 0, said(folder, name)[-3000:]
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_will_go_is_left_with_a_checkpoint(cluster, folder):
+    """Nobody would have made one: checkpoint_every is beyond the last step."""
+    process = start(cluster, folder, "preempted", "long.yaml")
+    wait_for_step(folder, "preempted", "pretrain", 20, process)
+    cluster.drain(-1)
+    run = Run(folder / "runs" / "preempted", "pretrain")
+    while run.latest_checkpoint() is None:
+        assert process.poll() is None, said(folder, "preempted")[-3000:]
+        time.sleep(0.05)
+    step, _ = run.latest_checkpoint()
+    saved = time.time()
+    cluster.add(1)
+    finish(process, folder, "preempted")
+    assert "a node is about to go" in said(folder, "preempted") and "a worker died" not in said(folder, "preempted")
+    lines = [line for line in run.metrics() if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert 20 <= step == sum(line["time"] < saved for line in lines)  # those before it were not taken again
+
+
+@asked
+@pytest.mark.timeout(3000)
+def test_a_node_killed_in_every_stage_and_another_joins(cluster, folder):
+    finish(start(cluster, folder, "undisturbed"), folder, "undisturbed")
+    chance = random.Random(time.time())
+    process = start(cluster, folder, "killed")
+    for stage in TRAINED:
+        step = chance.randint(1, 12)
+        print(f"{stage}: at step {step}")
+        wait_for_step(folder, "killed", stage, step, process)
+        cluster.kill(-1)
+        cluster.add(1)
+    finish(process, folder, "killed")
+    assert said(folder, "killed").count("a worker died") == len(TRAINED)
+    for stage in TRAINED:
+        assert trajectory(folder / "runs" / "killed", stage) == trajectory(folder / "runs" / "undisturbed", stage)
