@@ -59,7 +59,7 @@ def run(config: ImageConfig, run: Run) -> None:
 
     model = Denoiser(parts, config, captions_are_cached(config))
     twin = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
-    optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), config.learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     ema = Ema(engine.module, config.ema_decay)

@@ -44,7 +44,7 @@ def run(config: ImageVaeConfig, run: Run) -> None:
 
     model = Autoencoder(build_vae(config), config)
     twin = copy.deepcopy(model.vae).to(run.device) if run.rank == 0 else None
-    optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), config.learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     ema = Ema(engine.module, config.ema_decay)

@@ -1,15 +1,15 @@
 """Translator: texts in, translations out, many requests at a time, by a thread of its own."""
 
 import asyncio
-import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from serving.engine.api import EngineClosed, FinishReason, QueueFull
+from serving.batches import Batches
+from serving.engine.api import FinishReason
 from serving.model_folder import context_length, describe, load_translation
 from serving.news import News
 from serving.translation import segments
@@ -28,17 +28,17 @@ from serving.translation.decoding import Decoder, TorchDecoder
 from serving.translation.search import Output
 from serving.translation.segments import Segments
 
-logger = logging.getLogger(__name__)
-
 _MAX_SOURCE_TOKENS = 512  # of a sentence, where the model names no limit
 
 
-class Translator:
+class Translator(Batches[Call, Waiting]):
     """Translates by any encoder-decoder folder or hub name, from one language to one other.
 
     Sentences of all requests wait in one queue, in order; those of equal params are decoded together. A sentence's
     translation does not depend on what else is in its batch, up to the rounding of float sums.
     """
+
+    _name, _items = "translator", "sentences"
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Translator:
         for name, value in {"max_batch_tokens": max_batch_tokens, "max_waiting": max_waiting}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        super().__init__(max_waiting, threads)
         manifest = describe(folder).manifest
         model, tokenizer = load_translation(folder, dtype)
         self.source_language = _language("source", source_language, manifest, tokenizer)
@@ -71,16 +72,9 @@ class Translator:
         self.max_source_tokens = min(limit, tokenizer.model_max_length)  # of one sentence; longer ones are cut
         self._script = manifest.get("source_script")
         self._codec = Codec(tokenizer, self.source_language, self.target_language)
-        self._threads = threads
         self._decoder = _decoder(backend, model, device, self._codec.first_token, threads)
-        self._max_batch_tokens, self._max_waiting = max_batch_tokens, max_waiting
-        self._waiting: list[Waiting] = []  # oldest first
-        self._running: list[Waiting] = []
-        self._open: dict[Call, Callable[[], None]] = {}  # how to tell each call that something came
+        self._max_batch_tokens = max_batch_tokens
         self._prompt_tokens = self._generation_tokens = 0
-        self._changed = threading.Condition()  # guards everything above; notified when there is work
-        self._thread: threading.Thread | None = None
-        self._draining = self._closed = False
 
     async def translate(self, texts: Sequence[str], params: TranslationParams) -> list[Translation]:
         """One translation per text, in order. Cancelling it drops its sentences, running ones by the next step.
@@ -90,7 +84,7 @@ class Translator:
         prepared, call = await asyncio.to_thread(self._prepare, texts, params)
         news = News()
         try:
-            self._submit(call, news.tell, bounded=True)
+            self._submit(call, _waiting(call), news.tell)
             while not call.done:
                 await news.wait()
         finally:
@@ -102,7 +96,7 @@ class Translator:
         (prepared,), call = await asyncio.to_thread(self._prepare, [text], params)
         news = News()
         try:
-            self._submit(call, news.tell, bounded=True)
+            self._submit(call, _waiting(call), news.tell)
             for i, sentence in enumerate(prepared.sentences):
                 while sentence not in call.outputs and call.error is None:
                     await news.wait()
@@ -119,7 +113,7 @@ class Translator:
         prepared, call = self._prepare(texts, params)
         news = threading.Event()
         try:
-            self._submit(call, news.set, bounded=False)
+            self._submit(call, _waiting(call), news.set, bounded=False)
             while not call.done:
                 news.wait()
                 news.clear()
@@ -136,20 +130,10 @@ class Translator:
                 generation_tokens=self._generation_tokens,
             )
 
-    async def drain(self) -> None:
-        """Takes no new requests and returns when those that are open have ended."""
-        self._draining = True
-        while self._open:
-            await asyncio.sleep(0.01)
-
     def close(self) -> None:
         """Ends every request with EngineClosed, and the thread."""
-        with self._changed:
-            already, self._draining, self._closed = self._closed, True, True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        self._fail(list(self._open), EngineClosed("the translator was closed"))
+        already = self._closed
+        super().close()
         if not already:
             self._decoder.close()
 
@@ -165,56 +149,12 @@ class Translator:
             return True
         return len(self._codec.encode([sentence])[0]) <= self.max_source_tokens
 
-    def _submit(self, call: Call, tell: Callable[[], None], bounded: bool) -> None:
-        new = [Waiting(sentence, call) for sentence in call.sources]
-        with self._changed:
-            if self._draining:
-                raise EngineClosed("the translator takes no new requests")
-            # One that alone has more than may wait could never be taken: it is, when nothing waits.
-            if bounded and new and self._waiting and len(self._waiting) + len(new) > self._max_waiting:
-                waiting = f"{len(self._waiting)} sentences wait already and {len(new)} are new"
-                raise QueueFull(f"{waiting} (max_waiting={self._max_waiting})")
-            self._waiting += new
-            self._open[call] = tell
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="translator", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-
-    def _cancel(self, call: Call) -> None:
-        """Gives up a call that has not ended."""
-        with self._changed:
-            self._open.pop(call, None)
-            call.cancelled = True
-            self._waiting = [w for w in self._waiting if w.call is not call]
-
-    def _run(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
-                if self._closed:
-                    return
-                batch = self._start()
-            try:
-                self._decode(batch)
-            except Exception as error:
-                logger.exception("a batch failed; its requests end with this error")
-                self._fail([w.call for w in batch], error)
-            with self._changed:
-                self._running = []
-
-    def _start(self) -> list[Waiting]:
-        """Moves the next batch from the waiting to the running."""
+    def _pick(self) -> list[Waiting]:
         batch = pick(self._waiting, self._max_batch_tokens)
-        picked = set(batch)
-        self._waiting = [w for w in self._waiting if w not in picked]
-        self._running = list(batch)
         self._prompt_tokens += sum(len(w.source) for w in batch)
         return batch
 
-    def _decode(self, batch: list[Waiting]) -> None:
+    def _work(self, batch: list[Waiting]) -> None:
         def cancelled(i: int) -> bool:
             return self._closed or batch[i].call.cancelled
 
@@ -228,18 +168,11 @@ class Translator:
             for w, outputs in texts.items():
                 w.call.outputs[w.sentence] = outputs
                 self._generation_tokens += len(outputs[0][1].tokens)
-            told = {call: self._open[call] for call in {w.call for w in ended} if call in self._open}
-        for tell in told.values():
-            tell()
+        self._tell(*{w.call for w in ended})
 
-    def _fail(self, calls: Sequence[Call], error: Exception) -> None:
-        with self._changed:
-            failed = {call: self._open.pop(call) for call in set(calls) if call in self._open}
-            self._waiting = [w for w in self._waiting if w.call not in failed]
-            for call in failed:
-                call.error, call.cancelled = error, True
-        for tell in failed.values():
-            tell()
+
+def _waiting(call: Call) -> list[Waiting]:
+    return [Waiting(sentence, call) for sentence in call.sources]
 
 
 def _outputs(call: Call, sentence: str) -> list[tuple[str, Output]]:
