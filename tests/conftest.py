@@ -14,6 +14,13 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # two files at a time on two cores: a second thread each would be in the way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST = ("test_end_to_end", "test_cluster", "test_jobs_ray", "test_cluster_stages", "test_resize", "test_ppo_engines")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that none is left alone at the end where two run at a time."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @dataclass(frozen=True)
 class TinyWorld:

@@ -37,6 +37,7 @@ class Node:
     ip: str
     namespace: str | None
     process: "subprocess.Popen[bytes]"
+    leaving: bool = False  # it may end at any moment
 
     def family(self) -> list[psutil.Process]:
         """Every process of this node."""
@@ -85,7 +86,7 @@ class Cluster:
     def add(self, cpus: int = 1) -> int:
         """Join one more node; returns its index when the head has seen it."""
         self.nodes.append(self._start(len(self.nodes), cpus))
-        self._wait(len([n for n in self.nodes if n.process.poll() is None]))
+        self._wait(len([n for n in self.nodes if n.process.poll() is None and not n.leaving]))
         return len(self.nodes) - 1
 
     def kill(self, index: int) -> None:
@@ -113,6 +114,7 @@ class Cluster:
         )
         words = [*self.command(0), sys.executable, "-c", code, self.node_ip(index), self.address]
         subprocess.run(words, env=self.env, check=True)
+        self.nodes[index].leaving = True
 
     def restart_head(self, cpus: int = 1) -> None:
         """Kill the head and start it anew at the same address: it remembers nothing."""

@@ -114,8 +114,8 @@ def drivers(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            words = " ".join(process.cmdline())
-            if "train nano.yaml" in words and str(folder / "shared") in words:
+            ours = process.environ().get("CHATFORGE_RUNS") == str(folder / "shared")
+            if ours and "train nano.yaml" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -190,6 +190,7 @@ def test_the_same_command_goes_on_when_its_driver_dies_and_when_the_head_does(
     client = start_command(submit(folder, "--retries", "2"), folder)
     wait_for_step(folder, last_step(folder) + 20, client)
     killed = drivers(folder)
+    assert killed
     for driver in killed:
         driver.kill()
     eventually(lambda: set(drivers(folder)) - set(killed), WAIT)
