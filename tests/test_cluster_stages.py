@@ -5,6 +5,7 @@ Several minutes, so it is asked for: KILL=rest. And a node that is about to be t
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -43,10 +44,10 @@ def folder(tmp_path_factory, tiny_world):
     return folder
 
 
-def start(cluster, folder, name, recipe="nano.yaml"):
+def start(cluster, folder, name, recipe="nano.yaml", *words):
     log = (folder / f"{name}.log").open("a")
-    command = [*cluster.command(0), sys.executable, "-m", "services.cli", "train", recipe, "--run", name]
-    env = cluster.env | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    command = [*cluster.command(0), sys.executable, "-m", "services.cli", "train", recipe, "--run", name, *words]
+    env = cluster.env | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5", "CHATFORGE_GROW_EVERY_S": "1"}
     return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -79,10 +80,23 @@ def test_a_node_that_will_go_is_left_with_a_checkpoint(cluster, folder):
     saved = time.time()
     cluster.add(1)
     finish(process, folder, "preempted")
-    assert "a node is about to go" in said(folder, "preempted") and "a worker died" not in said(folder, "preempted")
+    assert "nodes come or go" in said(folder, "preempted") and "a worker died" not in said(folder, "preempted")
     lines = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert 20 <= step == sum(line["time"] < saved for line in lines)  # those before it were not taken again
+
+
+@pytest.mark.timeout(600)
+def test_a_stage_takes_the_workers_that_a_new_node_has_room_for(cluster, folder):
+    process = start(cluster, folder, "grown", "long.yaml", "--workers", "1..2", "--set", "pretrain.micro_batch_size=4")
+    wait_for_step(folder, "grown", "pretrain", 20, process)
+    cluster.add(1)
+    finish(process, folder, "grown")
+    assert re.search("pretrain: 1 workers .*nodes come or go.*pretrain: 2 workers", said(folder, "grown"), re.DOTALL)
+    assert "a worker died" not in said(folder, "grown")
+    steps = [line["step"] for line in Run(folder / "runs" / "grown", "pretrain").metrics() if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    cluster.kill(-1)
 
 
 @asked

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from training import placement
+from training import notice, placement
 from training.config import ConfigError, OptimizerConfig, PPOConfig, StageConfig
 from training.device import ENVIRONMENT, backend, choose_device
 from training.notice import stopped_by_sigterm
@@ -28,6 +28,7 @@ from training.progress import Progress
 from training.run import Run, StageCrashed, StageError, StageInterrupted
 
 RESTARTS = 3  # of the workers, before a stage is given up
+_LOOK_EVERY = float(os.environ.get("CHATFORGE_GROW_EVERY_S", "15"))  # for nodes that have come
 
 _RAY = {
     "RAY_worker_niceness": "0",  # by default 15: any other program on the machine would starve the workers
@@ -85,7 +86,7 @@ def resolve_device(requested: str, workers: int) -> str:
 def run_stage(config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int = 0) -> bool:
     """Runs `training.STAGE.run(config, run)` on the most of `counts` workers that there is room for; shows progress.
 
-    After a crash, and after a notice that a node will go, it goes on from its checkpoint on what is left.
+    After a crash, and when nodes go or come, it goes on from its checkpoint on what there is.
     `state_bytes` is what weights and optimiser take together. Raises StageError or ConfigError as the stage did,
     StageError where the cluster has no room, StageCrashed when workers died more than RESTARTS times,
     StageInterrupted after SIGTERM. Returns whether SIGTERM came too late for that: the stage is done, and no other
@@ -106,14 +107,21 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
     import ray
     from ray.train import TrainingFailedError
 
+    least = placement.Need(
+        gpus=int(run.device == "cuda"),
+        # ZeRO-0 keeps the whole state in every worker; what the other levels save is not counted on here.
+        memory=0 if run.device == "cuda" else state_bytes,
+        engines=config.rollout_engines if isinstance(config, PPOConfig) else 0,
+    )
     crashes, end, began = 0, "", False
     while end != _DONE:
         try:
-            workers, need = _place(config, run, counts, state_bytes, again=began)
+            workers, need = _place(run, counts, least, again=began)
             began = True
             if len(counts) > 1:
                 print(f"{run.stage}: {workers} workers of {need}", flush=True)
-            end, message = _fit(config, replace(run, workers=workers), need)
+            with _growing(run, [count for count in counts if count > workers], least):
+                end, message = _fit(config, replace(run, workers=workers), need)
         except TrainingFailedError as error:
             crashes += 1
             if crashes > RESTARTS:
@@ -129,23 +137,41 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
             raise _MISTAKES[end](message)
         if end == _STOPPED:
             raise StageInterrupted(stopped=True)
-        if end == _PREEMPTED:
-            print(f"{run.stage}: a node is about to go; starts again from its checkpoint", flush=True)
+        if end == _AGAIN:
+            print(f"{run.stage}: nodes come or go; starts again from its checkpoint", flush=True)
 
 
-def _place(
-    config: StageConfig, run: Run, counts: Sequence[int], state_bytes: int, again: bool
-) -> tuple[int, placement.Need]:
-    """How many workers, and what each gets. Waits for nodes, up to a minute; then raises what is missing."""
+@contextmanager
+def _growing(run: Run, counts: Sequence[int], need: placement.Need) -> Iterator[None]:
+    """Inside, workers are asked to start again once there is room for one of `counts`, all more than there are now."""
+    notice.forget_to_start_again(run)
+    over = threading.Event()
+
+    def watch() -> None:
+        seen = 0  # times in a row: a node that has just come may go again
+        while not over.wait(_LOOK_EVERY):
+            seen = seen + 1 if placement.most_workers(_nodes(only_answering=False), counts, need) else 0
+            if seen == 2:
+                notice.ask_to_start_again(run)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if counts:
+        watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if counts:
+            watcher.join()
+
+
+def _place(run: Run, counts: Sequence[int], need: placement.Need, again: bool) -> tuple[int, placement.Need]:
+    """How many workers, and what each gets: at least `need`. Waits for nodes, up to a minute; then raises what is
+    missing."""
     from ray.autoscaler.sdk import request_resources
 
     deadline = time.monotonic() + placement.WAIT
-    # ZeRO-0 keeps the whole state in every worker; what the other levels save is not counted on here.
-    need = placement.Need(
-        gpus=int(run.device == "cuda"),
-        memory=0 if run.device == "cuda" else state_bytes,
-        engines=config.rollout_engines if isinstance(config, PPOConfig) else 0,
-    )
     told = False
     try:
         while True:
@@ -217,7 +243,7 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
         shutil.rmtree(storage, ignore_errors=True)
 
 
-_DONE, _STOPPED, _PREEMPTED = "done", "stopped", "preempted"
+_DONE, _STOPPED, _AGAIN = "done", "stopped", "again"
 _MISTAKES = {"StageError": StageError, "ConfigError": ConfigError}
 
 
@@ -237,7 +263,7 @@ def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
     except StageError as error:
         return "StageError", str(error)
     except StageInterrupted as interrupted:
-        return _STOPPED if interrupted.stopped else _PREEMPTED, ""
+        return _STOPPED if interrupted.stopped else _AGAIN, ""
     return _DONE, ""
 
 

@@ -1,8 +1,9 @@
 """What a running stage is told from outside: to make a checkpoint and leave, and why.
 
-Two things can ask for it. The driver, when it gets SIGTERM (`chatforge stop`, a pod that is evicted): it tells the
-workers through Ray's key-value store, which reaches every node. And Ray, when a node is about to be taken away: Ray
-Train tells every worker. A stage asks `heard` between its steps; where it runs without Ray nobody tells it anything.
+Two can ask for it. The driver, when it gets SIGTERM (`chatforge stop`, a pod that is evicted) or sees room for more
+workers: it tells them through Ray's key-value store, which reaches every node. And Ray, when a node is about to be
+taken away: Ray Train tells every worker. A stage asks `heard` between its steps; where it runs without Ray nobody tells
+it anything.
 """
 
 import functools
@@ -16,7 +17,7 @@ from typing import Any
 
 from training.run import Run
 
-NOTHING, PREEMPTED, STOP = range(3)  # the greater one counts, where workers have heard different things
+NOTHING, START_AGAIN, STOP = range(3)  # the greater one counts, where workers have heard different things
 _EVERY = 1.0  # seconds between two looks into the store
 _NAMESPACE = "chatforge"
 
@@ -43,9 +44,9 @@ def stopped_by_sigterm(run: Run) -> Iterator[threading.Event]:
             if over.is_set():
                 return
         print(f"{run.stage}: stops after a checkpoint; once more to stop now", flush=True)
-        _store()._internal_kv_put(_key(run), b"stop", namespace=_NAMESPACE)
+        _store()._internal_kv_put(_key("stop", run), b"", namespace=_NAMESPACE)
 
-    _store()._internal_kv_del(_key(run), namespace=_NAMESPACE)
+    _store()._internal_kv_del(_key("stop", run), namespace=_NAMESPACE)
     signal.signal(signal.SIGTERM, on_terminate)
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -57,17 +58,30 @@ def stopped_by_sigterm(run: Run) -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+def ask_to_start_again(run: Run) -> None:
+    """The stage's workers leave after a checkpoint, to be started anew."""
+    _store()._internal_kv_put(_key("again", run), b"", namespace=_NAMESPACE)
+
+
+def forget_to_start_again(run: Run) -> None:
+    """Before workers start: what was asked of those before them."""
+    _store()._internal_kv_del(_key("again", run), namespace=_NAMESPACE)
+
+
 def heard(run: Run) -> int:
-    """NOTHING, PREEMPTED or STOP, as far as this worker knows; rank 0 alone looks into the store."""
+    """NOTHING, START_AGAIN or STOP, as far as this worker knows; rank 0 alone looks into the store."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return NOTHING
-    if run.rank == 0 and _stop_is_asked(_key(run), int(time.monotonic() / _EVERY)):
-        return STOP
-    return PREEMPTED if _preempted() else NOTHING
+    if run.rank == 0:
+        moment = int(time.monotonic() / _EVERY)
+        for what, notice in (("stop", STOP), ("again", START_AGAIN)):
+            if _is_asked(_key(what, run), moment):
+                return notice
+    return START_AGAIN if _preempted() else NOTHING
 
 
-@functools.lru_cache(maxsize=1)
-def _stop_is_asked(key: str, moment: int) -> bool:
+@functools.lru_cache(maxsize=2)
+def _is_asked(key: str, moment: int) -> bool:
     """Cached, so that the store is asked once in `moment` and not at every step."""
     return _store()._internal_kv_exists(key, namespace=_NAMESPACE)
 
@@ -91,5 +105,5 @@ def _store() -> Any:
     return internal_kv
 
 
-def _key(run: Run) -> str:
-    return f"stop:{run.root}:{run.stage}"
+def _key(what: str, run: Run) -> str:
+    return f"{what}:{run.root}:{run.stage}"
