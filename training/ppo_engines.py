@@ -32,9 +32,10 @@ START = 300.0  # seconds until an engine must have been placed, and be ready
 class RolloutEngine:
     """The actor: a causal LM and an engine on it; its weights come with every rollout."""
 
-    def __init__(self, config: PretrainedConfig, tokenizer: Any, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, config: PretrainedConfig, tokenizer: Any, device: str, max_num_seqs: int, max_model_len: int
+    ) -> None:
         os.environ.update(ENVIRONMENT)
-        device = "cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
         self._engine = TorchEngine(self._model, tokenizer, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
@@ -65,7 +66,7 @@ class RemoteRollouts:
         import ray
 
         self.policy, self.params = policy, params
-        self._made_of, self._size = (config, tokenizer), size
+        self._made_of, self._size = (config, tokenizer, next(policy.parameters()).device.type), size
         has = ray.get_runtime_context().get_assigned_resources()
         self._takes = {"num_cpus": has.get("CPU"), "num_gpus": has.get("GPU"), "memory": has.get("memory")}
         self._weights: Any = None
