@@ -100,9 +100,16 @@ def _timed(folder: Path, run: str, env: dict[str, str], words: list[str]) -> tup
 
 
 def _run(folder: Path, env: dict[str, str], words: list[str]) -> None:
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=_environment() | env, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {(done.stdout + done.stderr)[-2000:]}")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would send a run elsewhere."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "CHATFORGE_RUNS")}
 
 
 @contextmanager
@@ -117,7 +124,7 @@ def _ray(scratch: Path) -> Iterator[dict[str, str]]:
     address = f"http://{HOST}:{ports['dashboard-port']}"
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--temp-dir={scratch}", *options],
-        env=os.environ | ENVIRONMENT | {"PATH": path},
+        env=_environment() | ENVIRONMENT | {"PATH": path},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

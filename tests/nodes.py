@@ -179,9 +179,13 @@ class Cluster:
         return int((self.scratch / "port").read_text())
 
     def _wait(self, count: int) -> None:
-        """Until the head counts `count` living nodes."""
-        code = "import ray, sys; ray.init(log_to_driver=False, logging_level='ERROR');"
-        code += "print(sum(n['Alive'] for n in ray.nodes()))"
+        """Until the head counts `count` living nodes, the last of ours among them."""
+        code = (
+            "import ray\n"
+            "ray.init(log_to_driver=False, logging_level='ERROR')\n"
+            "gone = ray._private.state.state.get_draining_nodes()\n"
+            "print(*(n['NodeManagerAddress'] for n in ray.nodes() if n['Alive'] and n['NodeID'] not in gone))\n"
+        )
         deadline, said = time.monotonic() + 120, ""
         while time.monotonic() < deadline:
             for node in self.nodes[-1:]:
@@ -194,7 +198,8 @@ class Cluster:
                 check=False,
             )
             said = asked.stdout + asked.stderr
-            if asked.returncode == 0 and int(asked.stdout.split()[-1]) >= count:
+            alive = asked.stdout.splitlines()[-1].split() if asked.returncode == 0 else []
+            if len(alive) >= count and self.nodes[-1].ip in alive:
                 return
             time.sleep(0.5)
         raise AssertionError(f"{count} nodes never came up: {said[-1000:]} {self._log()}")

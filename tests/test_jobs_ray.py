@@ -22,7 +22,7 @@ from services_world import eventually, run_command, start_command
 from training.run import Run
 
 WAIT = 400  # seconds for one thing to happen, on a busy machine
-STEPS = 1000
+STEPS = 1500
 pytestmark = pytest.mark.timeout(4 * WAIT)
 
 
@@ -188,13 +188,13 @@ def test_the_same_command_goes_on_when_its_driver_dies_and_when_the_head_does(
 ) -> None:
     """A head that starts anew knows of no job: the run is submitted to it as its first."""
     client = start_command(submit(folder, "--retries", "2"), folder)
-    wait_for_step(folder, last_step(folder) + 20, client)
+    wait_for_step(folder, last_step(folder) + 5, client)
     killed = drivers(folder)
     assert killed
     for driver in killed:
         driver.kill()
     eventually(lambda: set(drivers(folder)) - set(killed), WAIT)
-    wait_for_step(folder, last_step(folder) + 20, client)
+    wait_for_step(folder, last_step(folder) + 5, client)
     head.restart_head(cpus=2)
     out, err = client.communicate(timeout=2 * WAIT)
     assert client.returncode == 0, out + err

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ def folder(tmp_path_factory, tiny_world):
         "model": str(tiny_world.gpt2),
         "reward_model": str(folder / "reward"),
         "prompts": [str(tiny_world.prompts)],
-        "total_episodes": 128,
+        "total_episodes": 256,
         "response_length": 8,
         "batch_size": 16,
         "micro_batch_size": 8,
@@ -49,8 +50,12 @@ def numbers(folder, name):
 
 
 def engines(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "ray::RolloutEngine" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "ray::RolloutEngine" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @pytest.mark.timeout(4 * WAIT)

@@ -120,7 +120,7 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
             began = True
             if len(counts) > 1:
                 print(f"{run.stage}: {workers} workers of {need}", flush=True)
-            with _growing(run, [count for count in counts if count > workers], least):
+            with _growing(run, workers, [count for count in counts if count > workers], least):
                 end, message = _fit(config, replace(run, workers=workers), need)
         except TrainingFailedError as error:
             crashes += 1
@@ -142,15 +142,26 @@ def _until_done(config: StageConfig, run: Run, counts: Sequence[int], state_byte
 
 
 @contextmanager
-def _growing(run: Run, counts: Sequence[int], need: placement.Need) -> Iterator[None]:
-    """Inside, workers are asked to start again once there is room for one of `counts`, all more than there are now."""
+def _growing(run: Run, workers: int, counts: Sequence[int], need: placement.Need) -> Iterator[None]:
+    """Inside, `workers` are asked to start again once there is free room for one of `counts`, all of them more."""
+    import ray
+
     notice.forget_to_start_again(run)
     over = threading.Event()
+
+    def there_is_room() -> bool:
+        """For the new ones beside those that run, and for all of them where _place will look."""
+        try:
+            nodes, free = _nodes(only_answering=True), ray._private.state.available_resources_per_node()
+        except Exception:  # Ray is away for a moment, or for good, which the stage will tell
+            return False
+        room, more = placement.capacity(nodes, need), placement.capacity(free, need)
+        return any(count <= room and count - workers <= more for count in counts)
 
     def watch() -> None:
         seen = 0  # times in a row: a node that has just come may go again
         while not over.wait(_LOOK_EVERY):
-            seen = seen + 1 if placement.most_workers(_nodes(only_answering=False), counts, need) else 0
+            seen = seen + 1 if there_is_room() else 0
             if seen == 2:
                 notice.ask_to_start_again(run)
                 return
@@ -231,8 +242,10 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
         run_config=RunConfig(
             name=Path(storage).name,
             storage_path=storage,
-            # We start it again ourselves.
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
+            # We start it again ourselves, on what room there is then.
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
         ),
     )
     # Ray's own Ctrl-C handler ends the process with 0 or 1, as it happens; Python's raises KeyboardInterrupt.

@@ -68,7 +68,7 @@ def shortage(stage: str, nodes: Nodes, counts: Sequence[int], need: Need) -> str
     return (
         f"{stage}: needs {least} worker{'s' * (least > 1)} of {need}; the cluster holds {capacity(nodes, need)} "
         f"({has}). Missing: {missing or 'nodes that are large enough for one worker'}; "
-        "add nodes, or give fewer workers"
+        f"add nodes, or give fewer workers{' or ppo.rollout_engines' if need.engines else ''}"
     )
 
 

@@ -4,8 +4,8 @@
                        prompts and seeds: every engine its share
     engine             copies the weights into the tensors that it has, samples, sends token ids back
 
-A completion follows from weights, prompt and seed, so it is the same on whichever engine; what an engine had to sample
-when it died, another samples that takes its place.
+A completion follows from weights, prompt and seed, so it is the same on whichever engine, as far as TorchEngine's logits
+do not depend on the batch: to rounding. What an engine had to sample when it died, another samples in its place.
 
 Leaves out: weights that go from GPU to GPU, sampling beside the update.
 """
@@ -44,8 +44,9 @@ class RolloutEngine:
         self, weights: Mapping[str, np.ndarray], prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[int]]:
         """One completion's token ids for each prompt, by a model of these weights."""
-        for name, tensor in self._model.state_dict().items():
-            tensor.copy_(torch.tensor(weights[name]))
+        state = self._model.state_dict()
+        for name, array in weights.items():
+            state[name].copy_(torch.tensor(array))
         self._engine.update_weights()
         return [list(completion.token_ids) for completion in self._engine.generate_all(prompts, params)]
 
@@ -79,8 +80,9 @@ class RemoteRollouts:
         import ray
 
         with zero.gathered(self.policy):
-            state = {name: tensor.detach().cpu().numpy() for name, tensor in merged_state(self.policy).items()}
-            self._weights = ray.put(state)
+            state = merged_state(self.policy)
+            once = {tensor.data_ptr(): name for name, tensor in state.items()}  # of tied ones, the last
+            self._weights = ray.put({name: state[name].cpu().numpy() for name in once.values()})
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
         """One completion's token ids for each prompt, the token that ended it among them."""
@@ -101,8 +103,9 @@ class RemoteRollouts:
 
         try:
             return ray.get(asked)
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             print(f"rollout engine {i} was lost ({error}); another takes its place", flush=True)
+        ray.kill(self._engines[i])  # which may be out of reach alone, and hold what the other needs
         self._engines[i] = self._new()
         ray.get(self._engines[i].__ray_ready__.remote(), timeout=START)
         return ray.get(self._engines[i].sample.remote(self._weights, *share))

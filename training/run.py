@@ -31,10 +31,10 @@ class StageCrashed(RuntimeError):
 
 
 class StageInterrupted(RuntimeError):
-    """A stage that was told to leave and has lost nothing; `stopped` by its user, or else preempted."""
+    """A stage that was told to leave and has lost nothing; `stopped` by its user, or else to be started again."""
 
     def __init__(self, stopped: bool) -> None:
-        super().__init__(f"{'stopped' if stopped else 'preempted'}; the same command goes on")
+        super().__init__(f"{'stopped' if stopped else 'told to start again'}; the same command goes on")
         self.stopped = stopped
 
 

@@ -245,13 +245,17 @@ def load(engine: Any, folder: Path, tag: str, run: Run) -> None:
 
 
 def mend_universal(engine: Any, decays: Sequence[float]) -> None:
-    """Two things that DeepSpeed 0.19.8 gets wrong when ZeRO-3 loads a universal checkpoint.
+    """Three things that DeepSpeed 0.19.8 gets wrong when it loads a universal checkpoint.
 
-    All parameters get one and the same step counter, which every one of them then counts up; and every group of
-    parameters gets the first one's weight decay: `decays` are theirs.
+    Under ZeRO-3 all parameters get one and the same step counter, which every one of them then counts up; and every
+    group of parameters gets the first one's weight decay: `decays` are theirs. Under all levels counters are in main
+    memory, and a fused optimizer wants them beside the parameters.
     """
-    for state in engine.optimizer.optimizer.state.values():
-        state["step"] = torch.as_tensor(state["step"]).clone()
+    optimizer = engine.optimizer.optimizer
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        step = torch.as_tensor(state["step"]).clone()
+        state["step"] = step.to(parameter.device, torch.float32) if fused else step
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=False):
         group["weight_decay"] = decay
 
