@@ -86,7 +86,8 @@ class Cluster:
     def add(self, cpus: int = 1) -> int:
         """Join one more node; returns its index when the head has seen it."""
         self.nodes.append(self._start(len(self.nodes), cpus))
-        self._wait(len([n for n in self.nodes if n.process.poll() is None and not n.leaving]))
+        there = [n for n in self.nodes if n.process.poll() is None and not n.leaving]
+        self._wait(len(there), self.nodes[-1])
         return len(self.nodes) - 1
 
     def kill(self, index: int) -> None:
@@ -121,7 +122,7 @@ class Cluster:
         self.kill(0)
         self._rename_session()
         self.nodes[0] = self._start(0, cpus)
-        self._wait(1)
+        self._wait(1, self.nodes[0])
 
     def _rename_session(self) -> None:
         with suppress(OSError):
@@ -178,8 +179,8 @@ class Cluster:
     def _port(self) -> int:
         return int((self.scratch / "port").read_text())
 
-    def _wait(self, count: int) -> None:
-        """Until the head counts `count` living nodes, the last of ours among them."""
+    def _wait(self, count: int, new: Node) -> None:
+        """Until the head counts `count` living nodes, `new` among them."""
         code = (
             "import ray\n"
             "ray.init(log_to_driver=False, logging_level='ERROR')\n"
@@ -188,8 +189,7 @@ class Cluster:
         )
         deadline, said = time.monotonic() + 120, ""
         while time.monotonic() < deadline:
-            for node in self.nodes[-1:]:
-                assert node.process.poll() is None, self._log()
+            assert new.process.poll() is None, self._log()
             asked = subprocess.run(
                 [*self.command(0), sys.executable, "-c", code],
                 env=self.env,
@@ -199,7 +199,7 @@ class Cluster:
             )
             said = asked.stdout + asked.stderr
             alive = asked.stdout.splitlines()[-1].split() if asked.returncode == 0 else []
-            if len(alive) >= count and self.nodes[-1].ip in alive:
+            if len(alive) >= count and new.ip in alive:
                 return
             time.sleep(0.5)
         raise AssertionError(f"{count} nodes never came up: {said[-1000:]} {self._log()}")

@@ -4,8 +4,8 @@
                        prompts and seeds: every engine its share
     engine             copies the weights into the tensors that it has, samples, sends token ids back
 
-A completion follows from weights, prompt and seed, so it is the same on whichever engine, as far as TorchEngine's logits
-do not depend on the batch: to rounding. What an engine had to sample when it died, another samples in its place.
+A completion follows from weights, prompt and seed, so it is the same on whichever engine, up to the rounding by which
+TorchEngine's logits depend on the batch. What an engine had to sample when it died, another samples in its place.
 
 Leaves out: weights that go from GPU to GPU, sampling beside the update.
 """
