@@ -15,8 +15,9 @@ from nodes import cluster
 from training.run import Run
 
 WAIT = 240  # seconds for one thing to happen, on a busy machine
-SIZES = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 128, "tokens": 8 * 128 * 40}
-SHARED = {"batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 4, "dtype": "fp32", "learning_rate": 3e-3}
+STEPS = 200  # some seconds, since a worker looks once a second whether it should stop
+SIZES = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 128, "tokens": 8 * 128 * STEPS}
+SHARED = {"batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 20, "dtype": "fp32", "learning_rate": 3e-3}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_stopped_in_its_last_step_a_stage_is_done_and_no_other_starts(nodes, fol
     begin_with_the_tokenizer_of_the_laptop(folder, "late")
     slow = ("--set", "pretrain.eval_every=1000", "--set", "evaluate={num_prompts: 4, max_new_tokens: 4}")
     process = start(folder, "late", *slow, before=nodes.command(0), env=nodes.env)
-    wait_for_step(folder, "late", 40, process)  # the last, before the model is exported
+    wait_for_step(folder, "late", STEPS, process)  # the last, before the model is exported
     os.kill(process.pid, signal.SIGTERM)
     finish(process, folder, "late", code=143)
     assert (folder / "runs" / "late" / "pretrain" / "manifest.json").exists()
@@ -138,7 +139,7 @@ def test_a_node_is_lost_and_another_joins(nodes, folder, laptop):
     """With 1..2 workers the loss of a node leaves one; a run that needs two waits for the node that joins."""
     begin_with_the_tokenizer_of_the_laptop(folder, "lost")
     process = start(folder, "lost", "--workers", "1..2", before=nodes.command(0), env=nodes.env)
-    wait_for_step(folder, "lost", 6, process)
+    wait_for_step(folder, "lost", 30, process)
     nodes.kill(1)
     finish(process, folder, "lost")
     assert re.search("pretrain: 2 workers .*a worker died .*pretrain: 1 workers", said(folder, "lost"), re.DOTALL)

@@ -6,6 +6,7 @@ Several minutes, so it is asked for: KILL=rest. And a node that is about to be t
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from nano import TRAINED, nano, trajectory, write_data
 from training.run import Run
 
 WAIT = 240  # seconds for one thing to happen, on a busy machine
-STEPS = 4000
+STEPS = 100_000  # nobody waits for them: what is shown happens on the way
 asked = pytest.mark.skipif(os.environ.get("KILL") != "rest", reason="takes minutes: KILL=rest asks for it")
 
 
@@ -66,6 +67,11 @@ def finish(process, folder, name):
     assert process.wait(2 * WAIT) == 0, said(folder, name)[-3000:]
 
 
+def stop(process, folder, name):
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT) == 143, said(folder, name)[-3000:]
+
+
 @pytest.mark.timeout(600)
 def test_a_node_that_will_go_is_left_with_a_checkpoint(cluster, folder):
     """Nobody would have made one: checkpoint_every is beyond the last step."""
@@ -79,10 +85,11 @@ def test_a_node_that_will_go_is_left_with_a_checkpoint(cluster, folder):
     step, _ = run.latest_checkpoint()
     saved = time.time()
     cluster.add(1)
-    finish(process, folder, "preempted")
+    wait_for_step(folder, "preempted", "pretrain", step + 100, process)
+    stop(process, folder, "preempted")
     assert "nodes come or go" in said(folder, "preempted") and "a worker died" not in said(folder, "preempted")
     lines = [line for line in run.metrics() if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert 20 <= step == sum(line["time"] < saved for line in lines)  # those before it were not taken again
 
 
@@ -91,11 +98,17 @@ def test_a_stage_takes_the_workers_that_a_new_node_has_room_for(cluster, folder)
     process = start(cluster, folder, "grown", "long.yaml", "--workers", "1..2", "--set", "pretrain.micro_batch_size=4")
     wait_for_step(folder, "grown", "pretrain", 20, process)
     cluster.add(1)
-    finish(process, folder, "grown")
-    assert re.search("pretrain: 1 workers .*nodes come or go.*pretrain: 2 workers", said(folder, "grown"), re.DOTALL)
+    grown = re.compile("pretrain: 1 workers .*nodes come or go.*pretrain: 2 workers", re.DOTALL)
+    deadline = time.monotonic() + WAIT
+    while not grown.search(said(folder, "grown")):
+        assert process.poll() is None and time.monotonic() < deadline, said(folder, "grown")[-3000:]
+        time.sleep(0.05)
+    run = Run(folder / "runs" / "grown", "pretrain")
+    wait_for_step(folder, "grown", "pretrain", run.metrics()[-1]["step"] + 100, process)
+    stop(process, folder, "grown")
     assert "a worker died" not in said(folder, "grown")
-    steps = [line["step"] for line in Run(folder / "runs" / "grown", "pretrain").metrics() if "loss" in line]
-    assert steps == list(range(1, STEPS + 1))
+    steps = [line["step"] for line in run.metrics() if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
     cluster.kill(-2)  # the worker's node is the last again
 
 
