@@ -70,7 +70,7 @@ app = typer.Typer(
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_jobs.app)
 
-ServerOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to talk to.")]
+ServerOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to talk to; https://HOST by TLS.")]
 
 
 # ---- training

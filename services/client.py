@@ -7,8 +7,9 @@
         print(client.translate("Das Meer ist blau.", source="de", target="en").text)
         client.generate_image("a red apple", seed=7)[0].save("apple.png")
 
-`address` is HOST:PORT, or several of them: "ipv4:A:9000,B:9000". Calls go round all the addresses of a name, such as a
-headless Service of Kubernetes, which has one a node; new ones are seen when a connection ends. When a node dies,
+`address` is HOST:PORT, https://HOST for TLS, or several at once: "ipv4:A:9000,B:9000". Calls go round all the addresses
+of a name, such as a headless Service of Kubernetes, which has one a node; new ones are seen when a connection ends.
+When a node dies,
 
 - a call of which nothing has come yet is made again, elsewhere, up to `retries` times and within its `timeout`: the
   work may be done twice, an answer comes once;
@@ -38,7 +39,6 @@ from chatforge.v1 import (
 from services import replies
 from services.replies import ImageReply, LanguagePair, Messages, Reply, StepProgress, TranslationReply
 from services.transport import (
-    CHANNEL_OPTIONS,
     AsyncStream,
     Attempts,
     CallError,
@@ -46,6 +46,7 @@ from services.transport import (
     Metadata,
     Stream,
     async_unary,
+    connect,
     unary,
 )
 
@@ -94,7 +95,7 @@ class Client(_Connection):
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
-        super().__init__(grpc.insecure_channel(address, CHANNEL_OPTIONS), timeout, retries)
+        super().__init__(connect(address), timeout, retries)
 
     def chat(self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any) -> Reply:
         """The whole answer; `config` has the fields of GenerationConfig (max_new_tokens, temperature, stop, ...)."""
@@ -234,7 +235,7 @@ class AsyncClient(_Connection):
     """`Client` for asyncio: the same methods, awaited; those called stream_... give async iterators."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 300.0, retries: int = 4) -> None:
-        super().__init__(grpc.aio.insecure_channel(address, CHANNEL_OPTIONS), timeout, retries)
+        super().__init__(connect(address, grpc.aio), timeout, retries)
 
     async def chat(self, messages: Messages, *, model: str = "", timeout: float | None = None, **config: Any) -> Reply:
         request = replies.chat_request(chat_pb2.ChatRequest, messages, model, config)

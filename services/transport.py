@@ -29,6 +29,19 @@ _Reply = TypeVar("_Reply")
 Metadata = tuple[tuple[str, str], ...]
 
 
+def connect(address: str, grpc_: Any = grpc) -> Any:
+    """A channel of `grpc`, or of `grpc.aio`.
+
+    HOST:PORT goes in plain text; https://HOST, or with a port, by TLS, whose roots are gRPC's own or those in the file
+    that GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names.
+    """
+    secure = address.removeprefix("https://").rstrip("/")
+    if not address.startswith("https://"):
+        return grpc_.insecure_channel(address, CHANNEL_OPTIONS)
+    target = secure if ":" in secure else f"{secure}:443"
+    return grpc_.secure_channel(target, grpc.ssl_channel_credentials(), CHANNEL_OPTIONS)
+
+
 class CallError(RuntimeError):
     """A call that failed. `code` is gRPC's name for it (INVALID_ARGUMENT, ...), `details` says what to change."""
 

@@ -1,6 +1,7 @@
 """The client against a real gRPC server that does as it is told: retries, timeouts, cancellation, what it imports."""
 
 import gc
+import shutil
 import subprocess
 import sys
 import threading
@@ -134,6 +135,23 @@ class Scripted(
 @pytest.fixture
 def script() -> Scripted:
     return Scripted()
+
+
+@pytest.fixture
+def secure(script: Scripted, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a server that speaks TLS alone, and the certificate that it made itself."""
+    key, certificate = tmp_path / "tls.key", tmp_path / "tls.crt"
+    made = f"req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout {key} -out {certificate}"
+    names = ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(["openssl", *made.split(), *names], capture_output=True, check=True)
+    pair = (key.read_bytes(), certificate.read_bytes())
+    with ThreadPoolExecutor(4) as pool:
+        server = grpc.server(pool)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(script, server)
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+        server.start()
+        yield f"localhost:{port}", certificate
+        server.stop(0).wait()
 
 
 @pytest.fixture
@@ -396,3 +414,35 @@ def test_it_imports_nothing_heavy() -> None:
     ]
     told = subprocess.run([sys.executable, "-c", code % heavy], env=environment(), capture_output=True, text=True)
     assert (told.stdout, told.stderr) == ("[]\n", "")
+
+
+ASK = """
+import asyncio, sys
+from services.client import AsyncClient, CallError, Client
+with Client(sys.argv[1], timeout=10, retries=0) as client:
+    try:
+        print(client.chat("hi").text)
+    except CallError as error:
+        print(error.code)
+async def ask():
+    async with AsyncClient(sys.argv[1], timeout=10, retries=0) as client:
+        print((await client.chat("hi")).text)
+if len(sys.argv) > 2:
+    asyncio.run(ask())
+"""
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: there is no certificate")
+def test_an_https_address_goes_by_tls(secure: tuple[str, Path]) -> None:
+    """Roots are read once in a process: each client has one of its own."""
+    address, certificate = secure
+
+    def said(*words: str, **settings: str) -> list[str]:
+        command = [sys.executable, "-c", ASK, *words]
+        done = subprocess.run(command, env=environment() | settings, capture_output=True, text=True, timeout=60)
+        return done.stdout.split()
+
+    trusted = {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(certificate)}
+    assert said(f"https://{address}", "async", **trusted) == ["hello", "hello"]
+    assert said(f"https://{address}") == ["UNAVAILABLE"]  # nobody vouches for the certificate
+    assert said(address, **trusted) == ["UNAVAILABLE"]  # plain text to a server that speaks TLS
