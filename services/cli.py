@@ -4,6 +4,7 @@ A user's mistake (ValueError) prints one line and exits 2, another failure that 
 SIGTERM 143.
 """
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ class _Commands(TyperGroup):
                 raise
             typer.echo(f"{'' if code == TERMINATED else 'error: '}{error}", err=True)
             raise typer.Exit(code) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            typer.echo(f"error: {error}: free some; the same command goes on", err=True)
+            raise typer.Exit(1) from None
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -28,6 +28,7 @@ from training.progress import Progress
 from training.run import Run, StageCrashed, StageError, StageInterrupted
 
 RESTARTS = 3  # of the workers, before a stage is given up
+_FULL = 1 << 20  # bytes: with less a disk is full
 _LOOK_EVERY = float(os.environ.get("CHATFORGE_GROW_EVERY_S", "15"))  # for nodes that have come
 
 _RAY = {
@@ -277,6 +278,10 @@ def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
         return "StageError", str(error)
     except StageInterrupted as interrupted:
         return _STOPPED if interrupted.stopped else _AGAIN, ""
+    except Exception as error:  # torch says of a full disk that it failed to write, and not why
+        if shutil.disk_usage(run.folder).free > _FULL:
+            raise
+        return "StageError", f"{run.stage}: no space is left on the disk of {run.folder}: {error}; free some"
     return _DONE, ""
 
 
