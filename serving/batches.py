@@ -7,6 +7,7 @@ fit together, works them off, and tells the calls of what has come.
 import asyncio
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -35,7 +36,7 @@ C = TypeVar("C", bound=Call)
 I = TypeVar("I", bound=Item)  # noqa: E741
 
 
-class Batches(Generic[C, I]):
+class Batches(ABC, Generic[C, I]):
     """The queue and its thread. A subclass picks batches and works them off.
 
     `_changed` guards the items that wait and run, the open calls, and what a subclass adds to them.
@@ -54,13 +55,13 @@ class Batches(Generic[C, I]):
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
 
+    @abstractmethod
     def _pick(self) -> list[I]:
         """The next batch out of what waits, which is something; called under the lock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _work(self, batch: list[I]) -> None:
         """Works a batch off; what this raises, its calls end with."""
-        raise NotImplementedError
 
     def _wait_for_company(self) -> None:
         """Called under the lock where something waits: may leave it for a moment, for more to come."""

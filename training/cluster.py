@@ -281,7 +281,10 @@ def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
     except Exception as error:  # torch says of a full disk that it failed to write, and not why
         if shutil.disk_usage(run.folder).free > _FULL:
             raise
-        return "StageError", f"{run.stage}: no space is left on the disk of {run.folder}: {error}; free some"
+        full = f"{run.stage}: no space is left on the disk of {run.folder}: {error}; free some"
+        if run.workers > 1:  # the others wait for this one: Ray ends them with it
+            raise RuntimeError(full) from error
+        return "StageError", full
     return _DONE, ""
 
 
