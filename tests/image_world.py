@@ -60,7 +60,8 @@ def tiny_pipeline(
     parts["scheduler"] = tiny_scheduler(prediction)
     if family == "sd":
         parts |= dict.fromkeys(("safety_checker", "feature_extractor"))
-        unet = _unet(vae.config.latent_channels, SIZE if pixels else SIZE // 2).eval()
+        # The sentence encoder's is of the kind that is trained here: told of the whole caption beside the time.
+        unet = _unet(vae.config.latent_channels, SIZE if pixels else SIZE // 2, encoder == "bert").eval()
         pipeline: Any = StableDiffusionPipeline(**parts, unet=unet, requires_safety_checker=False)
     else:
         transformer = _transformer(vae.config.latent_channels, SIZE if pixels else SIZE // 2).eval()
@@ -111,11 +112,12 @@ def _autoencoder() -> Any:
     return _louder(vae, vae.decoder.conv_out)
 
 
-def _unet(channels: int, size: int) -> Any:
+def _unet(channels: int, size: int, pooled: bool) -> Any:
     unet: Any = UNet2DConditionModel(
         sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=WIDTH, attention_head_dim=2, norm_num_groups=4,
+        addition_embed_type="text" if pooled else None, addition_embed_type_num_heads=2,
     )  # fmt: skip
     return _louder(unet, unet.conv_out)
 

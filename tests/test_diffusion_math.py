@@ -109,10 +109,11 @@ def test_min_snr_weights_every_time_alike_in_terms_of_the_data(prediction, x0, n
     assert torch.allclose(weighted, snr.clamp(max=5.0) * other.square().flatten(1).mean(1), rtol=1e-5)
 
 
-def test_times_are_logit_normal():
-    times = maths.logit_normal_times(20_000, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_times_are_logit_normal(mean):
+    times = maths.logit_normal_times(20_000, mean, torch.Generator().manual_seed(0))
     logits = torch.logit(times)
-    assert logits.mean().item() == pytest.approx(0, abs=0.03) and logits.std().item() == pytest.approx(1, abs=0.03)
+    assert logits.mean().item() == pytest.approx(mean, abs=0.03) and logits.std().item() == pytest.approx(1, abs=0.03)
     assert times.min() > 0 and times.max() < 1
 
 

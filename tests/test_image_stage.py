@@ -1,6 +1,10 @@
 """The image stages in one process: they learn, go on after a stop, and what must not matter does not."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -239,7 +243,7 @@ def test_captions_are_dropped_as_often_as_is_said(make_run):
     assert data._captions[0] == "" and torch.equal(nothing, data._ids[0]) and not torch.equal(nothing, something)
     dropped = []
     data.captions = lambda indices, drop: dropped.extend(drop) or 1 / 0  # type: ignore[method-assign]
-    objective = image.objective_of(fresh_scheduler(config), None)
+    objective = image.objective_of(fresh_scheduler(config), config)
     for step in range(100):
         with pytest.raises(ZeroDivisionError):
             seeds = [image.chance(3, step, position) for position in range(4)]
@@ -264,6 +268,43 @@ def test_what_is_wrong_is_told_before_anything_is_trained(make_run, tmp_path):
         make_run("level", attention_levels=[5])
     with pytest.raises(ConfigError, match="not divisible"):
         make_run("batch", batch_size=3)[0].gradient_accumulation_steps(1)
+
+
+BY_NAME = """
+from training.config import ImageConfig
+from training.image import components, digest_of
+from training.image_parts import load_vae
+from training.run import StageError
+
+for make, named in ((components, {"model": "owner/%s"}), (load_vae, {"vae": "owner/%s"})):
+    (field, name), = named.items()
+    for repository in ("here", "nowhere"):
+        config = ImageConfig(images=["x"], steps=1, batch_size=1, micro_batch_size=1, **{field: name % repository})
+        try:
+            made = make(config, None)
+            print(digest_of(getattr(made, "vae", made)))
+        except StageError as error:
+            print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_pipeline_and_an_autoencoder_may_be_the_hubs(tmp_path):
+    """Out of the cache where the hub's client puts them; what is not there is named."""
+    start = tiny_folder(tmp_path / "start")
+    digest, commit = image.digest_of(load_components(start).vae), "0" * 40
+    repository = tmp_path / "hf" / "hub" / "models--owner--here"
+    shutil.copytree(start, repository / "snapshots" / commit)
+    for file in (start / "vae").iterdir():  # one repository is both here
+        shutil.copy(file, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", BY_NAME], env=env, capture_output=True, text=True, check=False)
+    pipeline, no_pipeline, vae, no_vae = done.stdout.splitlines()
+    assert pipeline == vae == digest
+    assert no_pipeline.startswith("image.model=owner/nowhere: ")
+    assert no_vae.startswith("image.vae=owner/nowhere: cannot be loaded: ")
 
 
 def test_evaluation_counts_drawings_of_both_sides(make_run):

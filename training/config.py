@@ -322,8 +322,8 @@ class ImageVaeConfig(PicturesConfig):
 class ImageConfig(PicturesConfig):
     """A denoiser of latents that is told what to draw, or the fine-tuning of a pipeline folder."""
 
-    model: str | None = None  # a diffusers pipeline folder to start from; default: a fresh denoiser
-    vae: str | None = None  # a folder, or `pixels` for none; default: the image_vae stage's
+    model: str | None = None  # a diffusers pipeline to start from (folder or hub name); default: a fresh denoiser
+    vae: str | None = None  # a folder or hub name, or `pixels` for none; default: the image_vae stage's
     text_encoder: str | None = (
         None  # a pretrained one, frozen (folder or hub name); default: a small one, trained along
     )
@@ -339,6 +339,7 @@ class ImageConfig(PicturesConfig):
     patch_size: Positive = 2  # dit: latents along one side of a token
     num_heads: Positive = 4
     prediction: Literal["flow", "epsilon", "v_prediction"] = "flow"
+    logit_mean: float = 1.0  # flow: times lie around sigmoid of it; above 0 is nearer noise, where captions decide most
     min_snr_gamma: Rate | None = 5.0  # epsilon and v_prediction (Hang et al. 2023); flow weighs by its times
     caption_dropout: Fraction = 0.1  # captions that are left out, for classifier-free guidance
     lora: LoraConfig | None = None

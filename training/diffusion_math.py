@@ -84,9 +84,9 @@ def x0_from_flow(xt: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> 
     return xt - _like(t, xt) * predicted
 
 
-def logit_normal_times(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Times [count] in (0, 1), most of them in the middle, where there is most to learn (Esser et al. 2024, eq. 19)."""
-    return torch.sigmoid(torch.randn(count, generator=generator))
+def logit_normal_times(count: int, mean: float, generator: torch.Generator) -> torch.Tensor:
+    """Times [count] in (0, 1), most of them around sigmoid(mean) (Esser et al. 2024, eq. 19, with s = 1)."""
+    return torch.sigmoid(mean + torch.randn(count, generator=generator))
 
 
 # ---- autoencoder

@@ -55,7 +55,7 @@ def run(config: ImageConfig, run: Run) -> None:
     parts = components(config, run)
     train, val = (Data(config, run, parts, side) for side in ("train", "val"))
     turns = Turns(train.pictures.sizes, config.batch_size, run.seed)
-    objective = objective_of(parts.scheduler, config.min_snr_gamma)
+    objective = objective_of(parts.scheduler, config)
 
     model = Denoiser(parts, config, captions_are_cached(config))
     twin = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
@@ -260,11 +260,12 @@ class Objective:
     prediction: str  # flow, epsilon or v_prediction
     alpha_bars: Tensor  # [T]; empty for a flow
     gamma: float | None
+    logit_mean: float  # of a flow's times
 
     def times(self, generators: Sequence[torch.Generator]) -> Tensor:
         """[B]: in (0, 1) of a flow, whole numbers below T of a chain."""
         if self.prediction == "flow":
-            return torch.cat([maths.logit_normal_times(1, generator) for generator in generators])
+            return torch.cat([maths.logit_normal_times(1, self.logit_mean, generator) for generator in generators])
         return torch.cat([torch.randint(len(self.alpha_bars), (1,), generator=g) for g in generators])
 
     def noisy(self, x0: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -278,15 +279,15 @@ class Objective:
         return maths.add_noise(x0, noise, bars), target, times, weights
 
 
-def objective_of(scheduler: Any, gamma: float | None) -> Objective:
+def objective_of(scheduler: Any, config: ImageConfig) -> Objective:
     """What a model with that scheduler predicts. Raises StageError for what cannot be trained here."""
     named = getattr(scheduler.config, "prediction_type", "flow_prediction").removesuffix("_prediction")
     if named == "flow":
-        return Objective("flow", torch.empty(0), None)
+        return Objective("flow", torch.empty(0), None, config.logit_mean)
     prediction = {"v": "v_prediction", "epsilon": "epsilon"}.get(named)
     if prediction is None:
         raise StageError(f"image.model: its scheduler predicts {named!r}; epsilon, v_prediction and flow are trained")
-    return Objective(prediction, scheduler.alphas_cumprod.float(), gamma)
+    return Objective(prediction, scheduler.alphas_cumprod.float(), config.min_snr_gamma, config.logit_mean)
 
 
 # ---- loop

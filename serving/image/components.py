@@ -181,7 +181,7 @@ def _check(folder: Path, components: Components) -> None:
             f"{folder}: its denoiser takes {config.in_channels} channels and its vae makes "
             f"{components.vae.config.latent_channels} (an inpainting model has 9); the same number is needed here"
         )
-    if config.get("time_cond_proj_dim") is not None or config.get("addition_embed_type") is not None:
+    if config.get("time_cond_proj_dim") is not None or config.get("addition_embed_type") not in (None, "text"):
         raise ValueError(f"{folder}: its unet asks for more than a prompt (time_cond_proj_dim or addition_embed_type)")
     if not hasattr(components.scheduler, "init_noise_sigma"):
         name = type(components.scheduler).__name__
