@@ -143,12 +143,15 @@ def report(run: str, runs: RunsOption = str(RUNS)) -> None:
 
 
 @app.command()
-def rank(run: str) -> None:
+def rank(run: str, runs: RunsOption = str(RUNS)) -> None:
     """Rank a run's sampled completions yourself; stop and come back at any time."""
     from training.rank import rank_in_terminal
     from training.run import Run
+    from training.store import is_uri
 
-    rank_in_terminal(Run(_run_folder(run), "rank"))
+    if is_uri(runs):
+        raise ValueError(f"--runs {runs}: your answers are written on this disk as you give them; name a folder")
+    rank_in_terminal(Run(_run_folder(run, runs), "rank"))
 
 
 @app.command()
@@ -159,29 +162,33 @@ def evaluate(
         str | None, typer.Option("--from", metavar="LANGUAGE", help="Of pairs; default: the model's.")
     ] = None,
     target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="The same.")] = None,
+    runs: RunsOption = str(RUNS),
 ) -> None:
     """What a run's models are worth on its held-out data, or a model folder on data of yours."""
     from services.listing import measures_table
+    from training import pipeline
 
-    if not (RUNS / model / "run.json").is_file():
+    run = pipeline.run_folder(runs, model)
+    if not (run / "run.json").is_file():
         if not data:
-            raise ValueError(f"evaluate {model}: no run of that name; for a model folder, name data to measure it on")
+            raise ValueError(
+                f"evaluate {model}: no run of that name in {runs}; for a model folder, name data to measure it on"
+            )
         from training.evaluate import evaluate_model
 
         show(measures_table(evaluate_model(model, data, source_language=source, target_language=target)))
         return
     if data:
-        folder = RUNS / model / "STAGE" / "model"
+        folder = f"{runs}/{model}/STAGE/model"
         raise ValueError(f"evaluate {model}: a run is measured on its own held-out data; for other data name {folder}")
-    from training import pipeline
     from training.config import EvaluateConfig
     from training.recipe import Recipe
 
-    recipe = Recipe.model_validate_json((RUNS / model / "run.json").read_text("utf-8"))
+    recipe = Recipe.model_validate_json((run / "run.json").read_text("utf-8"))
     if recipe.evaluate is None:
         recipe = recipe.model_copy(update={"evaluate": EvaluateConfig()})
-    pipeline.train(recipe, RUNS, only="evaluate", say=typer.echo)
-    show(measures_table(pipeline.describe_run(RUNS / model)["stages"]["evaluate"]["metrics"]))
+    pipeline.train(recipe, runs, only="evaluate", say=typer.echo)
+    show(measures_table(pipeline.describe_run(pipeline.run_folder(runs, model))["stages"]["evaluate"]["metrics"]))
 
 
 @app.command("import")
@@ -372,7 +379,7 @@ def _typed(words: list[str]) -> str:
     return text
 
 
-def _run_folder(run: str, runs: str = str(RUNS)) -> Path:
+def _run_folder(run: str, runs: str) -> Path:
     from training.pipeline import run_folder
 
     folder = run_folder(runs, run)

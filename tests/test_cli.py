@@ -17,8 +17,8 @@ COMMANDS = {
     "plan": "recipe --set --workers --run --runs",
     "runs": "name --runs",
     "report": "run --runs",
-    "rank": "run",
-    "evaluate": "model data --from --to",
+    "rank": "run --runs",
+    "evaluate": "model data --from --to --runs",
     "import": "file out",
     "serve": "config --chat --translation --image --port",
     "chat": "text --server --model --system --max-new-tokens --temperature --top-p --seed",
@@ -89,8 +89,10 @@ MISTAKES = {
     "no such sampler": (["draw", "--sampler", "dmp", "a cat"], "sampler: 'dmp' is none of ddim, dpm++, euler"),
     "no such run": (["report", "nowhere"], "run 'nowhere' not found in runs/"),
     "no run to rank": (["rank", "nowhere"], "run 'nowhere' not found in runs/"),
+    "a run to rank in a bucket": (["rank", "mine", "--runs", "s3://b/runs"], "--runs s3://b/runs: your answers are"),
     "no run to show": (["runs", "nowhere"], "run 'nowhere' not found"),
     "nothing to evaluate on": (["evaluate", "nowhere"], "name data to measure it on"),
+    "no run there": (["evaluate", "nowhere", "--runs", "there"], "evaluate nowhere: no run of that name in there; for"),
     "a text that is not UTF-8": (["translate", "ab\udcff"], "text: not UTF-8 at character 3"),
     "one name for two": (
         ["serve", "--translation", "a=b", "--translation", "a=c"],
@@ -108,6 +110,15 @@ def test_a_mistake_prints_one_line_and_exits_2(case: str, tmp_path: Path) -> Non
     assert told.stderr.startswith(f"error: {said}") or said in told.stderr
     assert told.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_looked_for_where_they_are_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "there" / "mine").mkdir(parents=True)
+    (tmp_path / "there" / "mine" / "run.json").write_text("{}", "utf-8")
+    told = run_command(["evaluate", "mine", "data.txt", "--runs", "there"], tmp_path)
+    assert told.returncode == 2 and told.stderr.endswith("for other data name there/mine/STAGE/model\n")
+    told = run_command(["rank", "mine", "--runs", "there"], tmp_path)
+    assert told.returncode == 2 and "run 'mine' has no completions to rank" in told.stderr
 
 
 def test_a_server_that_is_not_there_exits_1(tmp_path: Path) -> None:
