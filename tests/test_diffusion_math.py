@@ -128,6 +128,24 @@ def test_the_kl_of_a_gaussian_is_its_integral():
     assert maths.kl_to_standard_normal(mean, log_variance).item() == pytest.approx(total, rel=1e-6)
 
 
+def test_a_hinge_loss_stops_where_the_side_is_clear():
+    real, fake = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[-3.0, 0.0], [0.25, -1.0]])
+    total = 0.0
+    for logit in real.flatten().tolist():
+        total += max(0.0, 1.0 - logit) / 4 / 2
+    for logit in fake.flatten().tolist():
+        total += max(0.0, 1.0 + logit) / 4 / 2
+    assert maths.hinge_loss(real, fake).item() == pytest.approx(total)
+    assert maths.hinge_loss(torch.tensor([1.5]), torch.tensor([-1.0])).item() == 0.0
+
+
+def test_the_adversarial_balance_is_the_ratio_of_lengths_and_bounded():
+    ours, theirs = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([0.6, 0.8, 0.0])
+    lengths = [sum(x * x for x in gradient.flatten().tolist()) ** 0.5 for gradient in (ours, theirs)]
+    assert maths.adversarial_balance(ours, theirs).item() == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
+    assert maths.adversarial_balance(ours, torch.zeros(3)).item() == 1e4
+
+
 def test_the_rate_warms_up_and_falls_to_nothing():
     rates = [maths.cosine_to_zero(step, 100, 10) for step in range(101)]
     assert rates[:10] == sorted(rates[:10]) and rates[10] == 1.0 and rates[55] == pytest.approx(0.5)

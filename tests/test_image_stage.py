@@ -340,8 +340,35 @@ def test_the_autoencoder_learns_and_measures_its_latents(make_vae_run):
     assert (run.folder / "samples" / "step-00000080.png").is_file()
 
 
-def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_losses(make_vae_run, goes_on_with_the_same_losses):
-    goes_on_with_the_same_losses(image_vae, make_vae_run, at=5)
+@pytest.mark.parametrize("adversarial_weight", [0.0, 0.5])
+def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_losses(
+    make_vae_run, goes_on_with_the_same_losses, adversarial_weight
+):
+    def make(name):
+        return make_vae_run(name, adversarial_weight=adversarial_weight)
+
+    goes_on_with_the_same_losses(image_vae, make, at=5)
+
+
+def test_an_adversary_learns_to_tell_pictures_and_then_teaches_the_decoder(make_vae_run):
+    """The first half is what it is without an adversary; the model folder knows nothing of it."""
+    settings = {"steps": 40, "learning_rate": 2e-3, "sample_every": 40, "checkpoint_every": 100, "max_grad_norm": 1e9}
+    config, plain = make_vae_run("plain", **settings)
+    image_vae.run(config, plain)
+    config, run = make_vae_run("opposed", adversarial_weight=0.5, **settings)
+    image_vae.run(config, run)
+    lines = [line for line in run.metrics() if "loss" in line]
+    hinge = [line["discriminator"] for line in lines]
+    assert hinge[0] == pytest.approx(1.0, abs=0.2) and np.mean(hinge[15:20]) < 0.7 * hinge[0]
+    for line in lines:
+        weight = 0.5 if line["step"] > 20 else 0.0
+        parts = line["reconstruction"] + config.kl_weight * line["kl"] / (3 * 16 * 16) + line["discriminator"]
+        assert line["loss"] == pytest.approx(parts + weight * line["adversarial"], abs=1e-4)
+    assert AutoencoderKL.from_pretrained(run.model).state_dict().keys() == (
+        AutoencoderKL.from_pretrained(plain.model).state_dict().keys()
+    )
+    with pytest.raises(ValueError, match="zero_stage=3 shards the adversary"):
+        make_vae_run("sharded", adversarial_weight=0.5, zero_stage=3)
 
 
 def test_the_denoiser_learns_in_the_latents_of_the_stage_before(make_run, make_vae_run):

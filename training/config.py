@@ -311,7 +311,14 @@ class ImageVaeConfig(PicturesConfig):
     latent_channels: Positive = 4
     kl_weight: Annotated[float, Field(ge=0.0)] = 1e-6
     perceptual_weight: Annotated[float, Field(ge=0.0)] = 0.1  # of a difference of pretrained features
+    adversarial_weight: Annotated[float, Field(ge=0.0)] = 0.0  # of a discriminator's verdict, in the second half
     learning_rate: Rate = 5e-4
+
+    @model_validator(mode="after")
+    def _adversary_is_whole(self) -> Self:
+        if self.adversarial_weight and self.zero_stage == 3:
+            raise ValueError("zero_stage=3 shards the adversary, which is run with its weights held still: say 2")
+        return self
 
     @property
     def downsampling(self) -> int:

@@ -97,6 +97,16 @@ def kl_to_standard_normal(mean: torch.Tensor, log_variance: torch.Tensor) -> tor
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
 
 
+def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """½ (mean max(0, 1 - real) + mean max(0, 1 + fake)) of a discriminator's logits (Lim & Ye 2017, eq. 15)."""
+    return 0.5 * ((1.0 - real).relu().mean() + (1.0 + fake).relu().mean())
+
+
+def adversarial_balance(reconstruction: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+    """λ = |∇ reconstruction| / (|∇ adversarial| + δ), at most 10⁴ (Esser et al. 2021, eq. 7); both of one tensor."""
+    return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=1e4)
+
+
 # ---- schedules and averages
 
 

@@ -66,6 +66,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "image_vae": (
         Panel("Reconstruction", "Mean |x − x̂| of pixels in −1..1.", ("reconstruction", "val_loss")),
+        Panel("Adversary", "Its hinge loss; the dashed line is where it tells nothing.", ("discriminator",), 1.0),
         Panel("KL", "Nats per picture: what the latents tell.", ("kl",)),
     ),
     "image": (

@@ -3,8 +3,10 @@
 Read downwards: data, model, loss, loop. The loss is |x - x̂|, a difference of pretrained features, and KL to N(0, I); in
 the end the latents' scale over the training pictures is measured, by which the denoiser divides (section 4.3.2).
 
-Leaves out: vector quantisation, an adversary, learnt weights of the perceptual term, pictures of more than one
-resolution.
+With `adversarial_weight`, a discriminator learns from the first step on, and in the second half the decoder learns to
+pass it: what is blurred becomes sharp, and no longer true to the pixel.
+
+Leaves out: vector quantisation, learnt weights of the perceptual term, pictures of more than one resolution.
 """
 
 import copy
@@ -20,6 +22,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from training import zero
+from training.adversary import PatchDiscriminator, adversarial_terms
 from training.config import ImageVaeConfig
 from training.data.pictures import Pictures
 from training.data.turns import Turns, chance, mine
@@ -44,7 +47,9 @@ def run(config: ImageVaeConfig, run: Run) -> None:
 
     model = Autoencoder(build_vae(config), config)
     twin = copy.deepcopy(model.vae).to(run.device) if run.rank == 0 else None
-    optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), config.learning_rate, fused=True)
+    betas = (0.5, 0.9) if config.adversarial_weight else (0.9, 0.999)  # an adversary's past is soon out of date
+    groups = zero.parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     ema = Ema(engine.module, config.ema_decay)
@@ -102,11 +107,16 @@ class Autoencoder(torch.nn.Module):
     def __init__(self, vae: Any, config: ImageVaeConfig) -> None:
         super().__init__()
         self.vae = vae
+        self.adversary = PatchDiscriminator() if config.adversarial_weight else None
         self.features = perceptual(features_at_hand()) if config.perceptual_weight else None
         self._kl_weight, self._perceptual_weight = config.kl_weight, config.perceptual_weight
+        self._adversarial_weight = config.adversarial_weight
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Means over pictures: `loss` and its terms. pixels: [B, 3, H, W] in -1..1; noise: [B, latents...], N(0, I)."""
+    def forward(self, pixels: Tensor, noise: Tensor, adversarial: bool) -> dict[str, Tensor]:
+        """Means over pictures: `loss` and its terms. pixels: [B, 3, H, W] in -1..1; noise: [B, latents...], N(0, I).
+
+        `adversarial`: whether the decoder learns from the adversary, which learns in any case.
+        """
         posterior = self.vae.encode(pixels).latent_dist
         remade = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         nats = kl_to_standard_normal(posterior.mean.float(), posterior.logvar.float())
@@ -116,6 +126,11 @@ class Autoencoder(torch.nn.Module):
         if self.features is not None:
             terms["perceptual"] = self.features(remade, pixels).mean()
             loss = loss + self._perceptual_weight * terms["perceptual"]
+        if self.adversary is not None:
+            last = self.vae.decoder.conv_out.weight
+            terms |= adversarial_terms(self.adversary, pixels, remade, loss, last)
+            weight = self._adversarial_weight if adversarial else 0.0
+            loss = loss + weight * terms["adversarial"] + terms["discriminator"]
         return {"loss": loss, **terms}
 
 
@@ -130,7 +145,8 @@ def _train_step(
     totals: dict[str, float] = {}
     for positions in mine(batch, run.rank, run.workers, passes):
         pixels = as_pixels(pictures.batch(batch[positions]), engine.device)
-        losses = engine(pixels, _noise(config, pixels, [chance(run.seed, step, p) for p in positions.tolist()]))
+        noise = _noise(config, pixels, [chance(run.seed, step, p) for p in positions.tolist()])
+        losses = engine(pixels, noise, 2 * step >= config.steps)
         engine.backward(losses["loss"])
         engine.step()
         for name, value in losses.items():
