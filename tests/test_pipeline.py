@@ -165,6 +165,14 @@ def test_an_unknown_run_is_refused(world):
         pipeline.describe_run(world / "runs" / "nothing")
 
 
+def test_a_stage_ends_well_where_there_is_no_git(world, monkeypatch):
+    """As in our own image: every stage that was trained there failed in its last moment."""
+    monkeypatch.setenv("PATH", str(world))
+    r = recipe(world)
+    finish(r, world, "tokenizer")
+    assert json.loads((world / "runs" / r.name / "tokenizer" / "manifest.json").read_text())["commit"] is None
+
+
 def test_a_manifest_says_where_a_model_came_from(world):
     r = recipe(world)
     finish_all(r, world)

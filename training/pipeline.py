@@ -88,6 +88,7 @@ def train(recipe: Recipe, runs: str | Path = RUNS, only: str | None = None, say:
     if not todo:
         say("nothing to do: every stage is done")
         return root
+    mirror.pull_files(root, store)
     mirror.write_file(root, store, "run.json", recipe.model_dump_json(indent=2) + "\n")
     with cluster.ray_session():
         device = cluster.resolve_device(recipe.device, recipe.worker_range.start)
@@ -168,7 +169,7 @@ def plan(recipe: Recipe, runs: str | Path = RUNS) -> list[PlannedStage]:
     """Every stage with its state and derived numbers; checks all that can be checked before anything runs."""
     if not recipe.stages:
         raise ConfigError(f"recipe {recipe.name!r} has no stages")
-    root, store = mirror.locate(runs, recipe.name)
+    root, store = mirror.locate(runs, recipe.name, mirror.SEEN)
     mirror.pull_files(root, store)
     planned: list[PlannedStage] = []
     again: set[str] = set()
@@ -366,7 +367,10 @@ def _write_manifest(run: Run, identity: dict[str, Any], seconds: float) -> None:
 
 def _git_commit() -> str | None:
     here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git, as in our image
+        return None
     return found.stdout.strip() or None
 
 
@@ -378,10 +382,12 @@ def list_runs(runs: str | Path = RUNS) -> list[dict[str, Any]]:
     return [describe_run(run_folder(runs, name)) for name in mirror.names(runs)]
 
 
-def run_folder(runs: str | Path, name: str) -> Path:
-    """Where a run's small files are on this disk: fetched, if `runs` is a URI."""
-    root, store = mirror.locate(runs, name)
+def run_folder(runs: str | Path, name: str, samples: bool = False) -> Path:
+    """Where a run's small files are on this disk, to be looked at: fetched, if `runs` is a URI, with its `samples`."""
+    root, store = mirror.locate(runs, name, mirror.SEEN)
     mirror.pull_files(root, store)
+    if samples:
+        mirror.pull_samples(root, store)
     return root
 
 
