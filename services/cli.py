@@ -48,6 +48,8 @@ class _Commands(TyperGroup):
 
 def _exit_code(error: Exception) -> int | None:
     """None for a bug, whose traceback is worth more than a line."""
+    if getattr(error, "may_pass", False):  # a store that was away, training.store.StoreError
+        return 1
     if isinstance(error, ValueError):
         return 2
     from training.run import StageCrashed, StageInterrupted
@@ -139,7 +141,7 @@ def report(run: str, runs: RunsOption = str(RUNS)) -> None:
     """Draw a run: one HTML page with its curves and its samples."""
     from training.report import write_report
 
-    typer.echo(write_report(_run_folder(run, runs)))
+    typer.echo(write_report(_run_folder(run, runs, samples=True)))
 
 
 @app.command()
@@ -379,10 +381,10 @@ def _typed(words: list[str]) -> str:
     return text
 
 
-def _run_folder(run: str, runs: str) -> Path:
+def _run_folder(run: str, runs: str, samples: bool = False) -> Path:
     from training.pipeline import run_folder
 
-    folder = run_folder(runs, run)
+    folder = run_folder(runs, run, samples)
     if not (folder / "run.json").is_file():
         raise ValueError(f"run {run!r} not found in {runs}/; `chatforge runs` lists what there is")
     return folder

@@ -15,8 +15,8 @@ from training import mirror, pipeline, pretrain, zero
 from training.config import PretrainConfig
 from training.progress import Progress
 from training.recipe import Recipe
-from training.run import Run, save_model
-from training.store import open_store
+from training.run import Run, StageError, save_model
+from training.store import Store, StoreError, open_store
 
 SIZES = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 32}
 SHARED = {"batch_size": 8, "micro_batch_size": 4, "dtype": "fp32", "learning_rate": 3e-3}
@@ -79,6 +79,44 @@ def test_a_folder_of_the_same_name_stays_as_it_is(uri, tmp_path, tiny_world, mon
     finish(r, uri, "tokenizer")
     assert files(tmp_path / "runs" / "r") == before
     assert [run["name"] for run in pipeline.list_runs("runs")] == ["r"]
+
+
+def test_who_looks_at_a_run_takes_nothing_from_it(uri, tiny_world):
+    """On the machine that trains it: what had not been sent yet was replaced by what the store had."""
+    r = recipe(tiny_world)
+    root, store = mirror.locate(uri, r.name)
+    mirror.write_file(root, store, "run.json", r.model_dump_json())
+    run = pipeline.stage_run(r, root, "pretrain", store=store)
+    run.folder.mkdir(parents=True)
+    run.log(1, 2, loss=3.0)
+    mirror.push_files(run)
+    run.log(2, 2, loss=2.0)
+    (run.folder / "samples").mkdir()
+    (run.folder / "samples" / "step-00000001.png").write_bytes(b"a picture")
+    mirror.push_results(run)
+    seen = pipeline.run_folder(uri, r.name, samples=True)
+    assert seen != root and (seen / "pretrain" / "samples" / "step-00000001.png").read_bytes() == b"a picture"
+    assert [line["step"] for line in Run(seen, "pretrain").metrics()] == [1]
+    pipeline.plan(r, uri)
+    assert losses(run) == [3.0, 2.0]
+
+
+def test_a_log_that_cannot_be_sent_hides_nothing(uri, tmp_path, tiny_world, monkeypatch, capsys):
+    """The store goes away as a stage fails: it is the stage's own failure that is told."""
+    r = recipe(tiny_world)
+    root, store = mirror.locate(uri, r.name)
+    run = pipeline.stage_run(r, root, "pretrain", store=store)
+    run.folder.mkdir(parents=True)
+    (run.folder / "worker-0.log").write_text("words")
+
+    def away(*_):
+        raise StoreError("away")
+
+    with pytest.raises(StageError, match="lower learning_rate"), zero.mirrored(r.pretrain, run):
+        monkeypatch.setattr(Store, "write", away)
+        run.log(1, 2, loss=float("nan"))
+        raise StageError("lower learning_rate")
+    assert capsys.readouterr().out.count("away") >= 2
 
 
 def test_a_stage_is_forgotten_whole(uri, tiny_world):

@@ -29,6 +29,7 @@ FILES_EVERY = 15.0  # seconds
 DRIVERS = ("manifest.json", "started.json")  # files that no worker writes
 GROWING = ("samples", "tensorboard")  # folders that a stage adds to as it goes
 CHECKPOINTS = "checkpoints"
+WRITTEN, SEEN = "runs", "seen"  # below the cache: runs that train here, and those that are looked at
 SCRATCH = "trainer"  # where transformers writes what then becomes a checkpoint
 
 _sending = threading.Lock()
@@ -36,12 +37,16 @@ _sent: dict[Path, tuple[int, int]] = {}  # file → its size and time when it wa
 _same: dict[Path, int] = {}  # folder → its inode when it was last equal to the store's: a new version has a new one
 
 
-def locate(runs: str | Path, name: str) -> tuple[Path, str | None]:
-    """A run's folder on this disk, and its URI where `runs` is one."""
+def locate(runs: str | Path, name: str, kind: str = WRITTEN) -> tuple[Path, str | None]:
+    """A run's folder on this disk, and its URI where `runs` is one.
+
+    Of a URI's run there are two folders: what is WRITTEN while it trains, and what is SEEN by who looks at it
+    meanwhile, who gets what the store has, and must not undo what has not been sent yet.
+    """
     if not is_uri(str(runs)):
         return Path(runs) / name, None
     scheme, _, rest = str(runs).partition("?")[0].partition("://")
-    return cache_folder().resolve() / "runs" / scheme / rest.strip("/") / name, join(str(runs), name)
+    return cache_folder().resolve() / kind / scheme / rest.strip("/") / name, join(str(runs), name)
 
 
 def names(runs: str | Path) -> list[str]:
@@ -64,6 +69,16 @@ def pull_files(root: Path, uri: str | None) -> None:
     local = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
     for stage in sorted(local | set(store.folders())):
         _pull_files(store, stage, root / stage)
+
+
+def pull_samples(root: Path, uri: str | None) -> None:
+    """The sheets of pictures, which a report shows; nothing for a run without a store."""
+    if uri is None:
+        return
+    store = open_store(uri)
+    for stage in store.folders():
+        if "samples" in store.list(stage):
+            store.pull(f"{stage}/samples", root / stage / "samples")
 
 
 def write_file(root: Path, uri: str | None, name: str, text: str) -> None:
@@ -154,12 +169,19 @@ def sending_files(run: Run) -> Iterator[None]:
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
+    failed = True
     try:
         yield
+        failed = False
     finally:
         over.set()
         sender.join()
-        push_files(run)
+        try:
+            push_files(run)
+        except StoreError as error:
+            if not failed:
+                raise
+            print(error, flush=True)  # what has failed before is the news
 
 
 def push_files(run: Run) -> None:
@@ -173,10 +195,13 @@ def push_files(run: Run) -> None:
 
 
 def push_logs(run: Run) -> None:
-    """What the workers of this disk have printed."""
-    for path in _files(run):
-        if _is_log(path.name):
-            _store(run).write(f"{run.stage}/{path.name}", path.read_bytes())
+    """What the workers of this disk have printed; a store that does not take it is no reason to fail."""
+    try:
+        for path in _files(run):
+            if _is_log(path.name):
+                _store(run).write(f"{run.stage}/{path.name}", path.read_bytes())
+    except StoreError as error:
+        print(error, flush=True)
 
 
 # ---- rank 0, and every node's part of a checkpoint
