@@ -26,6 +26,7 @@ from training.device import ENVIRONMENT, backend, choose_device
 from training.notice import stopped_by_sigterm
 from training.progress import Progress
 from training.run import Run, StageCrashed, StageError, StageInterrupted
+from training.store import StoreError
 
 RESTARTS = 3  # of the workers, before a stage is given up
 _FULL = 1 << 20  # bytes: with less a disk is full
@@ -78,9 +79,11 @@ def ray_session() -> Iterator[None]:
 
 
 def resolve_device(requested: str, workers: int) -> str:
-    """`choose_device` asked of the cluster we are connected to."""
+    """`choose_device` asked of the cluster we are connected to; GPUs that are asked for may come to one we join."""
     import ray
 
+    if requested == "cuda" and os.environ.get("RAY_ADDRESS"):
+        return "cuda"  # _place waits for them, and says what is missing
     return choose_device(requested, int(ray.cluster_resources().get("GPU", 0)), workers)
 
 
@@ -257,8 +260,9 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
         shutil.rmtree(storage, ignore_errors=True)
 
 
+_LEAVING = 30.0  # seconds that a worker waits for the others to leave with it
 _DONE, _STOPPED, _AGAIN = "done", "stopped", "again"
-_MISTAKES = {"StageError": StageError, "ConfigError": ConfigError}
+_MISTAKES = {"StageError": StageError, "ConfigError": ConfigError, "StoreError": StoreError}
 
 
 def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
@@ -272,10 +276,13 @@ def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
     try:
         with zero.mirrored(config, run) as settings:
             stage.run(settings, run)
-    except ConfigError as error:  # returned and not raised, as those below: no restart can mend it
-        return "ConfigError", str(error)
-    except StageError as error:
-        return "StageError", str(error)
+    except (ConfigError, StageError, StoreError) as error:
+        if getattr(error, "may_pass", False):
+            raise
+        if not _all_leave(run):  # the others wait for this one: Ray ends them with it
+            raise RuntimeError(str(error)) from error
+        kind = next(name for name, kind in _MISTAKES.items() if isinstance(error, kind))
+        return kind, str(error)  # not raised: no restart can mend it
     except StageInterrupted as interrupted:
         return _STOPPED if interrupted.stopped else _AGAIN, ""
     except Exception as error:  # torch says of a full disk that it failed to write, and not why
@@ -286,6 +293,22 @@ def _worker(arguments: dict[str, Any]) -> tuple[str, str]:
             raise RuntimeError(full) from error
         return "StageError", full
     return _DONE, ""
+
+
+def _all_leave(run: Run) -> bool:
+    """Whether every worker of the group comes here within half a minute: of what one alone has met none other knows."""
+    if run.workers == 1:
+        return True
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()  # in the first worker's process, which stays
+    store.add("leaving", 1)
+    deadline = time.monotonic() + _LEAVING
+    while store.add("leaving", 0) < run.workers:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _log_to(path: Path) -> None:

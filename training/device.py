@@ -1,5 +1,9 @@
 """Where a stage runs: device, process-group backend, environment. Pure, and without torch."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from training.config import ConfigError
 
 ENVIRONMENT = {
@@ -7,6 +11,20 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "DS_SKIP_CUDA_CHECK": "1",
 }
+
+
+@contextmanager
+def tokenizing_on_all_cores() -> Iterator[None]:
+    """Inside, tokenizers use every core; elsewhere one: processes that fork after they have used more may hang."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def choose_device(requested: str, gpus: int, workers: int) -> str:

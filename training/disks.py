@@ -4,6 +4,7 @@ import functools
 import shutil
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from training.run import Run, StageError
 from training.store import StoreError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # Ray sees by itself when a worker is dead
 
 
 def keeps_disk(run: Run) -> bool:
@@ -67,7 +69,7 @@ def on_rank_0(run: Run, make: Callable[[], T]) -> T | None:
             made = make()
         except (StageError, StoreError) as error:
             told = [error]
-    dist.broadcast_object_list(told, 0)
+    dist.broadcast_object_list(told, 0, group=_patient(dist.group.WORLD))
     if told[0]:
         raise told[0]
     return made
@@ -85,5 +87,15 @@ def _of_all_ranks(mine: T) -> list[T]:
     if not dist.is_initialized():
         return [mine]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    dist.all_gather_object(gathered, mine, group=_patient(dist.group.WORLD))
     return gathered
+
+
+@functools.cache
+def _patient(world: Any) -> Any:
+    """All ranks, for work that one of them does for the others: millions of pictures take longer than a collective may.
+
+    `world` is the group that there is now; all ranks call it.
+    """
+    assert world is dist.group.WORLD
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -44,7 +44,12 @@ Given = TypeVar("Given")
 
 
 class StoreError(ValueError):
-    """A store that cannot be used; the message names the URI, the cause and the fix."""
+    """A store that cannot be used; the message names the URI, the cause and the fix.
+
+    `may_pass`: nobody has to mend anything, the same may succeed later.
+    """
+
+    may_pass = False
 
 
 @dataclass(frozen=True)
@@ -319,16 +324,18 @@ class Store:
 
 # ---- errors
 
+# What a message says, what is to be done, and whether it stays so until that is done.
 _CAUSES = (
-    ("NO_SUCH_BUCKET|NoSuchBucket", "there is no such bucket; create it, or correct the URI"),
+    ("NO_SUCH_BUCKET|NoSuchBucket", "there is no such bucket; create it, or correct the URI", True),
     (
         "INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|INVALID_SIGNATURE|EXPIRED_TOKEN",
         "the credentials are not valid; renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN",
+        True,
     ),
-    ("ACCESS_DENIED|status 403", "access is denied; {credentials}"),
-    ("NETWORK_CONNECTION|curlCode", "no connection to {endpoint}; correct AWS_ENDPOINT_URL, or the network"),
-    ("PERMANENT_REDIRECT|status 301", "the bucket is in another region; set AWS_REGION"),
-    ("No space left", "the local disk is full; free some, or set CHATFORGE_CACHE to a folder on a larger one"),
+    ("ACCESS_DENIED|status 403", "access is denied; {credentials}", True),
+    ("NETWORK_CONNECTION|curlCode", "no connection to {endpoint}; correct AWS_ENDPOINT_URL, or the network", False),
+    ("PERMANENT_REDIRECT|status 301", "the bucket is in another region; set AWS_REGION", True),
+    ("No space left", "the local disk is full; free some, or set CHATFORGE_CACHE to a folder on a larger one", True),
 )
 
 
@@ -340,16 +347,20 @@ def _explained(uri: str, doing: str) -> Iterator[None]:
     except StoreError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise StoreError(f"{uri}: cannot be {doing}: {_cause(uri, error)}") from error
+        cause, lasts = _cause(uri, error)
+        explained = StoreError(f"{uri}: cannot be {doing}: {cause}")
+        explained.may_pass = not lasts
+        raise explained from error
 
 
-def _cause(uri: str, error: Exception) -> str:
+def _cause(uri: str, error: Exception) -> tuple[str, bool]:
+    """What is wrong, and whether it stays so until somebody mends it."""
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     endpoint = _said(uri, "endpoint_override", *_ENDPOINTS) or "S3"
-    for pattern, cause in _CAUSES:
+    for pattern, cause, lasts in _CAUSES:
         if re.search(pattern, said):
-            return cause.format(credentials=_credentials(), endpoint=endpoint)
-    return said
+            return cause.format(credentials=_credentials(), endpoint=endpoint), lasts
+    return said, isinstance(error, ValueError | ImportError)
 
 
 def _credentials() -> str:
