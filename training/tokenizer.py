@@ -19,6 +19,7 @@ from training.data.chats import Message
 from training.data.records import DataError
 from training.data.split import held_out
 from training.data.text import Document, read_documents
+from training.device import tokenizing_on_all_cores
 from training.run import Run, save_model
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
+    with tokenizing_on_all_cores():
+        bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,

@@ -21,6 +21,7 @@ import numpy as np
 from training.data.records import DataError, Fields
 from training.data.sources import fingerprint, read, record_key
 from training.data.split import digest, held_out, normalised
+from training.device import tokenizing_on_all_cores
 from training.run import Run, folder_atomic
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def tokenize_to_shards(
     if (folder / "index.json").is_file() and read_index(folder)["inputs"] == inputs:
         return folder
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    with folder_atomic(folder) as writing:
+    with folder_atomic(folder) as writing, tokenizing_on_all_cores():
         sides = _write(read_documents(sources), _Encoder(tokenizer, dtype), run, writing, progress)
         index = {"inputs": inputs, "dtype": dtype.name, "bos_token_id": tokenizer.bos_token_id, **sides}
         (writing / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
