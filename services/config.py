@@ -108,7 +108,7 @@ class ImageModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str  # a diffusers pipeline folder, or a run's name
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: as the folder's weights are
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: fp32
     max_batch: Positive = 8  # images drawn at the same time
     max_waiting: Positive = 64  # images of all requests that wait for a batch; the next is RESOURCE_EXHAUSTED
     max_images: Annotated[int, Field(gt=0, le=64)] = 8  # of a request; their previews go into one message

@@ -73,6 +73,7 @@ class ImageModel:
         """What to draw. Raises StatusError where the request is outside of the limits."""
         self._check_prompts(request)
         params = self._params(request.config)
+        self._check_size(params)
         return self._order(request, params)
 
     async def prepare_edit(self, request: image_pb2.EditImageRequest) -> Order:
@@ -82,7 +83,10 @@ class ImageModel:
         strength = _STRENGTH_WITH_MASK if request.HasField("mask") else _STRENGTH
         if request.HasField("strength"):
             strength = convert.decimal(request.strength)
-        order = self._order(request, self._params(request.config, strength=strength))
+        params = self._params(request.config, strength=strength)
+        if request.config.HasField("width") and request.config.HasField("height"):
+            self._check_size(params)  # before anything is decoded; a side that is not named is the picture's own
+        order = self._order(request, params)
         return await asyncio.to_thread(self._with_pictures, order, request)
 
     def check_fits(self, order: Order, instead: str) -> None:
@@ -122,9 +126,7 @@ class ImageModel:
         for knob, limit in limits.items():
             if getattr(config, knob) > limit:
                 raise invalid(f"config.{knob}", f"{getattr(config, knob)} is above the limit of {limit}")
-        params = convert.image_params(config, self._defaults, **changes)
-        self._check_size(params)
-        return params
+        return convert.image_params(config, self._defaults, **changes)
 
     def _check_size(self, params: ImageParams) -> None:
         size, limit = (params.width, params.height), self.config.max_pixels

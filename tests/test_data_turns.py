@@ -12,11 +12,24 @@ KINDS = ["wide"] * 7 + ["tall"] * 4 + ["wide"] * 2
 
 def test_every_picture_has_its_turn_and_a_batch_is_of_one_kind():
     turns = Turns(KINDS, 4, seed=1)
-    assert len(turns) == 4  # three of nine wide ones, one of four tall ones
+    assert len(turns) == 4  # of thirteen pictures
     batches = [turns.at(step) for step in range(4)]
     assert all(len(batch) == 4 and len({KINDS[i] for i in batch}) == 1 for batch in batches)
-    counts = Counter(np.concatenate(batches).tolist())
-    assert set(counts) == set(range(len(KINDS))) and all(counts[i] == 1 for i in range(7, 11))
+    whole = Turns(["wide"] * 12, 4, seed=1)
+    assert sorted(np.concatenate([whole.at(step) for step in range(3)]).tolist()) == list(range(12))
+
+
+def test_a_rare_kind_is_not_learnt_more_often_than_others():
+    """One panorama among a thousand photographs had a whole batch of every epoch."""
+    kinds = ["photo"] * 300 + ["panorama"] + ["banner"] * 19
+    turns = Turns(kinds, 32, seed=1)
+    epochs = 400
+    counts = Counter(np.concatenate([turns.at(step) for step in range(epochs * len(turns))]).tolist())
+    assert len(turns) == 10
+    assert counts[300] / epochs == pytest.approx(1.0, abs=0.5)
+    for kind in ("photo", "banner"):
+        seen = [counts[i] for i, name in enumerate(kinds) if name == kind]
+        assert np.mean(seen) / epochs == pytest.approx(1.0, abs=0.1)
 
 
 def test_epochs_differ_and_a_step_is_always_the_same():

@@ -1,9 +1,12 @@
 """Fréchet distance against closed forms, shrinkage and neighbours against slow loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from training.fidelity import caption_match, frechet_distance, gaussian_of, nearest, shrinkage
+from training.data.split import normalised
+from training.fidelity import caption_ranks, chance_of_match, frechet_distance, gaussian_of, nearest, shrinkage
 
 
 @pytest.fixture
@@ -94,20 +97,28 @@ def test_the_nearest_is_by_direction_and_not_by_length(random):
     assert nearest(np.zeros((1, 4)), pictures).shape == (1,)
 
 
-@pytest.mark.parametrize("k", [1, 3, 40])
-def test_caption_match_is_what_a_slow_loop_finds(random, k):
+def test_a_captions_rank_is_what_a_slow_loop_finds(random):
     samples, pictures = random.normal(size=(25, 4)), random.normal(size=(30, 4))
     names = [f"thing {i % 10}" for i in range(30)]
     wanted = [f"thing {i % 12}" for i in range(25)]  # things 10 and 11 are in no picture
-    hits = 0
+    slow = []
     for sample, caption in zip(samples, wanted, strict=True):
         ranked = sorted(range(30), key=lambda p: -cosine(sample, pictures[p]))
-        hits += any(names[p] == caption for p in ranked[:k])
-    found = caption_match(samples, wanted, pictures, names, k)
-    assert found == hits / 25 and 0 < found < 1
+        slow.append(next((float(place) for place, p in enumerate(ranked) if names[p] == caption), float("inf")))
+    assert caption_ranks(samples, wanted, pictures, names) == slow
+    assert len(set(slow)) > 5
 
 
 def test_captions_match_without_case_and_articles():
     one = np.eye(2)
-    assert caption_match(one, ["A red apple", "The Sun!"], one, ["red apple", "sun"], 1) == 1.0
-    assert caption_match(one, ["sun", "red apple"], one, ["red apple", "sun"], 1) == 0.0
+    assert caption_ranks(one, ["A red apple", "The Sun!"], one, ["red apple", "sun"]) == [0.0, 0.0]
+    assert caption_ranks(one, ["sun", "red apple"], one, ["red apple", "sun"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_chance_of_a_match_is_the_share_of_all_ways_to_pick(k):
+    names = ["cat", "cat", "The dog", "sun", "cat"]
+    wanted = ["a cat", "dog", "moon"]
+    picks = list(itertools.combinations(names, k))
+    slow = [sum(any(normalised(p) == normalised(c) for p in pick) for pick in picks) / len(picks) for c in wanted]
+    assert chance_of_match(wanted, names, k) == pytest.approx(sum(slow) / 3)

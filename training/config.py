@@ -326,6 +326,9 @@ class ImageVaeConfig(PicturesConfig):
         return 2 ** (len(self.channels) - 1)
 
 
+PIXART_TOKENS = 120  # of a caption, as PixArt's pipeline has it
+
+
 class ImageConfig(PicturesConfig):
     """A denoiser of latents that is told what to draw, or the fine-tuning of a pipeline folder."""
 
@@ -360,6 +363,10 @@ class ImageConfig(PicturesConfig):
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> Self:
+        if self.denoiser == "dit" and self.max_caption_tokens > PIXART_TOKENS:
+            raise ValueError(
+                f"max_caption_tokens={self.max_caption_tokens}: a dit is drawn with {PIXART_TOKENS} at most"
+            )
         if self.denoiser == "dit" and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
         if self.denoiser == "unet" and (wrong := [c for c in self.channels if c % self.num_heads]):

@@ -16,7 +16,9 @@ class Ema:
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self._decay = decay
-        self._live = {name: _held(p) for name, p in module.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._live = {name: _held(p) for name, p in trained.items()}
+        self._sharded: list[Any] = [p for p in trained.values() if hasattr(p, "ds_id")]
         self._mean = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
@@ -49,6 +51,8 @@ class Ema:
             weights = tensor.detach().clone()
             tensor.copy_(self._mean[name])
             self._mean[name].copy_(weights)
+        if self._sharded:  # ZeRO-3 keeps small ones whole beside their shards: they are to be gathered anew
+            self._sharded[0].partition(self._sharded)
 
 
 def _held(parameter: Any) -> Tensor:

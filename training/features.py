@@ -2,7 +2,6 @@
 
     efficientnet-lite0    1280 numbers of an ImageNet classifier (Tan & Le 2019; packages of the extra demo)
     pixels                colours averaged over 8 × 8 fields: 192 numbers, for where nothing else is at hand
-    a folder              a vision model that transformers loads: CLIP, DINO, ViT
 
 None of them is the Inception network of published Fréchet distances, so scores are written with the features' name
 beside them and compare with nothing but scores by the same features.
@@ -12,7 +11,6 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,9 +42,9 @@ def features_at_hand() -> str:
     return EFFICIENTNET if all(map(importlib.util.find_spec, _PACKAGES)) else PIXELS
 
 
-def image_features(name: str | Path, images: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
+def image_features(name: str, images: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
     """float32 [N, D] of pictures uint8 [N, h, w, 3]. Raises ValueError where there are no features of that name."""
-    extract = _extractor(str(name), str(device))
+    extract = _extractor(name, str(device))
     with torch.inference_mode():
         found = [extract(pixels.to(device)).float().cpu() for pixels in _batches(images)]
     return torch.cat(found).numpy()
@@ -74,9 +72,7 @@ def _extractor(name: str, device: str) -> Extractor:
         return _field_averages
     if name == EFFICIENTNET:
         return functools.partial(_pooled, efficientnet().to(device))
-    if Path(name).is_dir():
-        return _from_folder(name, device)
-    raise ValueError(f"features={name!r} must be one of {EFFICIENTNET}, {PIXELS}, or a vision model's folder")
+    raise ValueError(f"features={name!r} must be one of {EFFICIENTNET}, {PIXELS}")
 
 
 # ---- features
@@ -108,21 +104,6 @@ def _pooled(network: Any, pixels: Tensor) -> Tensor:
     """What the classifier's last layer sees: means over positions."""
     pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
     return network.extract_features(_as_trained(pixels)).mean((2, 3))
-
-
-def _from_folder(folder: str, device: str) -> Extractor:
-    """A vision model with the processor that it was saved with; of CLIP the space that it shares with text."""
-    from transformers import AutoImageProcessor, AutoModel
-
-    processor: Any = AutoImageProcessor.from_pretrained(folder)
-    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
-    embed = getattr(model, "get_image_features", model)
-
-    def extract(pixels: Tensor) -> Tensor:
-        pictures = ((pixels + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return embed(**processor(list(pictures), return_tensors="pt").to(device)).pooler_output.flatten(1)
-
-    return extract
 
 
 # ---- distances

@@ -4,6 +4,8 @@ What the numbers mean depends on the features (training/features.py), and a Fré
 there are: compare only scores of the same features and the same numbers.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,21 +74,39 @@ def nearest(sample_features: np.ndarray, picture_features: np.ndarray) -> np.nda
     return _likeness(sample_features, picture_features).argmax(1)
 
 
-def caption_match(
+def caption_ranks(
     sample_features: np.ndarray,
     sample_captions: Sequence[str],
     picture_features: np.ndarray,
     picture_captions: Sequence[str],
-    k: int,
-) -> float:
-    """Share of samples [S, D] that have a picture of their own caption among the k of [P, D] they are likest to.
+) -> list[float]:
+    """For each sample [S, D], how many of the pictures [P, D] are liker to it than the likest of its own caption.
 
-    Captions are the same as the split has it: case, punctuation and articles apart. What chance gives is about k / P.
+    Infinite where no picture has its caption. Captions are the same as the split has it: case, punctuation and articles
+    apart.
     """
-    order = np.argsort(-_likeness(sample_features, picture_features), axis=1, kind="stable")[:, :k]
-    wanted, names = ([normalised(caption) for caption in captions] for captions in (sample_captions, picture_captions))
-    hits = [caption in {names[i] for i in row} for caption, row in zip(wanted, order.tolist(), strict=True)]
-    return sum(hits) / len(hits)
+    wanted, names = _same_names(sample_captions), np.array(_same_names(picture_captions))
+    ranks = []
+    for likeness, caption in zip(_likeness(sample_features, picture_features), wanted, strict=True):
+        own = np.flatnonzero(names == caption)
+        ranks.append(float((likeness > likeness[own].max()).sum()) if len(own) else float("inf"))
+    return ranks
+
+
+def chance_of_match(sample_captions: Sequence[str], picture_captions: Sequence[str], k: int) -> float:
+    """How many samples, as a share, have a picture of their caption among k of P pictures that are picked blindly.
+
+    With n pictures of a caption, 1 - C(P - n, k) / C(P, k); the mean over samples.
+    """
+    pictures = Counter(_same_names(picture_captions))
+    total = pictures.total()
+    k = min(k, total)
+    missed = [math.comb(total - pictures[c], k) / math.comb(total, k) for c in _same_names(sample_captions)]
+    return 1.0 - sum(missed) / len(missed)
+
+
+def _same_names(captions: Sequence[str]) -> list[str]:
+    return [normalised(caption) for caption in captions]
 
 
 def _likeness(samples: np.ndarray, pictures: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from serving.image.api import ImageParams, ImageRequest
 from serving.image.components import Components
 from serving.image.encoding import encode
-from serving.image.sampling import draw
+from serving.image.sampling import draw, micro_conditions
 from training import diffusion_math as maths
 from training import zero
 from training.config import ImageConfig
@@ -174,18 +174,34 @@ def digest_of(module: Any) -> str:
 @torch.inference_mode()
 def _write_latents(pictures: Pictures, parts: Components, folder: Path) -> None:
     """Every picture's posterior mean times the scaling factor, one after the other in 16 bits."""
-    flat = []
+    area = sum(width * height for width, height in pictures.sizes)
+    flat = _array(folder / "latents.npy", (area // parts.scale_factor**2 * parts.latent_channels,))
+    end = 0
     for index in range(len(pictures)):
         pixels = as_pixels(pictures.batch(np.array([index])), parts.vae.device)
         latents = parts.vae.encode(pixels).latent_dist.mode() * parts.vae.config.scaling_factor
-        flat.append(latents.flatten().half().cpu().numpy())
-    np.save(folder / "latents.npy", np.concatenate(flat))
+        begin, end = end, end + latents.numel()
+        flat[begin:end] = latents.flatten().half().cpu().numpy()
+    assert end == len(flat)
+    flat.flush()
 
 
+@torch.inference_mode()
 def _write_states(captions: Sequence[str], parts: Components, folder: Path) -> None:
     """The text encoder's states of every caption, as whoever draws will have them; 16 bits."""
-    with torch.inference_mode():
-        np.save(folder / "states.npy", encode(parts, captions).states.half().cpu().numpy())
+    states = None
+    for row, caption in enumerate(captions):
+        (encoded,) = encode(parts, [caption]).states.half().cpu().numpy()
+        if states is None:
+            states = _array(folder / "states.npy", (len(captions), *encoded.shape))
+        states[row] = encoded
+    assert states is not None, "no caption at all is one"
+    states.flush()
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file in 16 bits, which may be larger than memory."""
+    return np.lib.format.open_memmap(path, "w+", np.float16, shape)
 
 
 def _tokens(parts: Components, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -229,7 +245,7 @@ class Denoiser(torch.nn.Module):
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
             timestep=timesteps,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            added_cond_kwargs=micro_conditions(parts, noisy),
         ).sample
         return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * noisy.shape[1] else output  # a learned variance
 
@@ -376,7 +392,9 @@ def _write_sheet(parts: Components, config: ImageConfig, train: Data, val: Data,
     prompts = config.prompts
     captions = list(prompts)
     if not prompts:
-        sides = [list(dict.fromkeys(side.pictures.captions))[:SHOWN] for side in (train, val)]
+        known = set(train.pictures.captions)
+        unknown = [caption for caption in val.pictures.captions if caption not in known]
+        sides = [list(dict.fromkeys(captions))[:SHOWN] for captions in (train.pictures.captions, unknown)]
         prompts = [caption for side in sides for caption in side]
         captions = [*sides[0], *(f"held out: {caption}" for caption in sides[1])]
     pictures = drawn(parts, prompts, params_of(config, parts))

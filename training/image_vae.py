@@ -167,10 +167,11 @@ def _held_out_error(engine: Any, pictures: Pictures, config: ImageVaeConfig, run
     """Mean |x - x̂| of the held-out pictures in -1..1, from the posterior's means."""
     total = 0.0
     vae = engine.module.vae
-    with zero.gathered(vae):
-        for index in range(run.rank, len(pictures), run.workers):
-            pixels = as_pixels(pictures.batch(np.array([index])), engine.device)
-            total += (vae.decode(vae.encode(pixels).latent_dist.mean).sample - pixels).abs().mean().item()
+    # Every worker takes part in as many passes, as ZeRO-3 needs.
+    for number in range(run.rank, -(-len(pictures) // run.workers) * run.workers, run.workers):
+        pixels = as_pixels(pictures.batch(np.array([min(number, len(pictures) - 1)])), engine.device)
+        error = (vae.decode(vae.encode(pixels).latent_dist.mean).sample - pixels).abs().mean().item()
+        total += error if number < len(pictures) else 0.0
     return zero.sum_over_workers([total])[0] / len(pictures)
 
 

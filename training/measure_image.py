@@ -66,7 +66,8 @@ def measure_image(folder: str, config: ImageConfig, run: Run, num_drawings: int)
 
 def chosen_captions(train: Sequence[str], val: Sequence[str], count: int) -> tuple[list[str], list[str]]:
     """(trained, held out): spread evenly over what there is, so that nobody picks them."""
-    trained, held_out = list(dict.fromkeys(train)), list(dict.fromkeys(val))
+    trained = list(dict.fromkeys(train))
+    held_out = [caption for caption in dict.fromkeys(val) if caption not in set(trained)]
     few = min(len(held_out), max(1, count // HELD_OUT_SHARE))
     many = min(len(trained), max(1, count - few))
     return [trained[i] for i in _spread(len(trained), many)], [held_out[i] for i in _spread(len(held_out), few)]
@@ -96,10 +97,8 @@ def _frechet(some: np.ndarray, others: np.ndarray) -> float | None:
 def _matches(made: np.ndarray, wanted: Sequence[str], features: np.ndarray, captions: Sequence[str]) -> Result:
     """Shares of drawings with a picture of their caption among the k nearest, and what chance would give."""
     out: Result = {"n": len(wanted)}
+    ranks = fidelity.caption_ranks(made, wanted, features, captions)
     for k in NEAR:
-        hits = [
-            fidelity.caption_match(made[n : n + 1], [caption], features, captions, k)
-            for n, caption in enumerate(wanted)
-        ]
-        out[f"match_{k}"] = asdict(mean_and_stderr(hits)) | {"chance": min(1.0, k / len(captions))}
+        estimate = mean_and_stderr([float(rank < k) for rank in ranks])
+        out[f"match_{k}"] = asdict(estimate) | {"chance": fidelity.chance_of_match(wanted, captions, k)}
     return out

@@ -12,21 +12,23 @@ from torch import Tensor
 
 from training import mirror, zero
 from training.config import PicturesConfig
+from training.copies import locked
 from training.data.captions import Captioned, read_captioned
 from training.data.pictures import Pictures, write_pictures
 from training.data.records import DataError
-from training.data.split import split
+from training.data.split import held_out, normalised, split
 from training.diffusion_math import cosine_to_zero
 from training.ema import Ema
 from training.run import Run, folder_atomic
+
+FEW = 10  # held-out captions; with fewer, pictures are held out
 
 
 def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
     """Leaves the training and the held-out pictures, decoded and fitted, in train/ and val/ of the stage's folder.
 
-    `multiple` is what sides must be divisible by. Held out are captions, with all their pictures, those excepted that
-    the training side has too, under another caption. Raises DataError where nothing is left to learn from, or to
-    measure on.
+    `multiple` is what sides must be divisible by. No held-out picture is one that the training side has too. Raises
+    DataError where nothing is left to learn from, or to measure on.
     """
     train, val = run.folder / "train", run.folder / "val"
     training, held_out = captioned_sides(config, run)
@@ -39,14 +41,32 @@ def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
 
 
 def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], list[Captioned]]:
-    """(training side, held-out side), the same for both stages."""
-    training, held_out = split(read_captioned(config.images), run.seed, run.val_fraction)
-    if not training or not held_out:
+    """(training side, held-out side), the same for both stages.
+
+    Held out are captions. Where there are few, each of many pictures, to hold one out would be to never learn a kind of
+    things: pictures are held out then.
+    """
+    records = read_captioned(config.images)
+    captions = len({normalised(record.caption) for record in records})
+    if captions * run.val_fraction < FEW and len(records) >= 2 * captions:
+        training, validating = _split_pictures(records, run)
+    else:
+        training, validating = split(records, run.seed, run.val_fraction)
+    if not training or not validating:
         raise DataError(
-            f"images: {len(training)} pictures to learn from and {len(held_out)} held out are too few; "
+            f"images: {len(training)} pictures to learn from and {len(validating)} held out are too few; "
             f"give more, or another val_fraction than {run.val_fraction}"
         )
-    return training, held_out
+    return training, validating
+
+
+def _split_pictures(records: Sequence[Captioned], run: Run) -> tuple[list[Captioned], list[Captioned]]:
+    """Those with an `id` by that, others by where they stand."""
+    sides: tuple[list[Captioned], list[Captioned]] = ([], [])
+    for number, record in enumerate(records):
+        own = record.key if record.key != normalised(record.caption) else f"{record.key}\0{number}"
+        sides[held_out(own, run.seed, run.val_fraction)].append(record)
+    return sides
 
 
 def rate(config: PicturesConfig) -> Callable[[int], float]:
@@ -70,10 +90,11 @@ def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None])
     """A folder that every run beside this one finds again: what `write` made of `parts`, which identify its content."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = run.root.parent / ".cache" / kind / digest
-    if not mirror.pull_shared(run, folder):
-        with folder_atomic(folder) as temporary:
-            write(temporary)
-        mirror.push_shared(run, folder)
+    with locked(folder.with_name(f"{folder.name}.making")):  # by one of the runs that want it
+        if not mirror.pull_shared(run, folder):
+            with folder_atomic(folder) as temporary:
+                write(temporary)
+            mirror.push_shared(run, folder)
     return folder
 
 

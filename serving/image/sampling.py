@@ -29,6 +29,17 @@ def guide(output: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
+def micro_conditions(components: Components, latents: Tensor) -> dict[str, Tensor | None]:
+    """The picture's size, which PixArt's models of 1024 pixels were told (Chen et al. 2023, section 2.4)."""
+    if components.denoiser.config.sample_size != 128:
+        return {"resolution": None, "aspect_ratio": None}
+    height, width = (side * components.scale_factor for side in latents.shape[2:])
+    return {
+        "resolution": torch.tensor([height, width]).repeat(len(latents), 1).to(latents),
+        "aspect_ratio": torch.tensor([float(height / width)]).repeat(len(latents), 1).to(latents),
+    }
+
+
 def check(components: Components, request: ImageRequest) -> None:
     """Raises ValueError naming the field of a request that these components cannot draw."""
     params, multiple = request.params, components.multiple
@@ -149,19 +160,9 @@ class Drawing:
             encoder_hidden_states=self._encoded.states,
             encoder_attention_mask=self._encoded.mask,
             timestep=timestep[None].expand(len(latents)),
-            added_cond_kwargs=self._micro_conditions(latents),
+            added_cond_kwargs=micro_conditions(self._components, latents),
             return_dict=False,
         )[0]
-
-    def _micro_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """The picture's size, which PixArt's models of 1024 pixels were told (Chen et al. 2023, section 2.4)."""
-        if self._components.denoiser.config.sample_size != 128:
-            return {"resolution": None, "aspect_ratio": None}
-        height, width = (side * self._components.scale_factor for side in latents.shape[2:])
-        return {
-            "resolution": torch.tensor([height, width]).repeat(len(latents), 1).to(latents),
-            "aspect_ratio": torch.tensor([float(height / width)]).repeat(len(latents), 1).to(latents),
-        }
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> list[np.ndarray]:

@@ -82,12 +82,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 def buckets(resolution: int, multiple: int) -> list[Size]:
     """Sizes of at most resolution² pixels and nearly as many, 1:2 to 2:1, narrowest first; a few at any resolution.
 
-    Sides are multiples of `multiple`, what the model's downsampling needs. Raises ValueError where resolution is none.
+    Sides are multiples of `multiple`, what the model's downsampling needs. Raises DataError where resolution is none.
     """
     if resolution < multiple or resolution % multiple:
-        raise ValueError(
-            f"resolution={resolution} must be a multiple of {multiple} pixels, which one latent stands for"
-        )
+        raise DataError(f"resolution={resolution} must be a multiple of {multiple} pixels, which one latent stands for")
     step = multiple * max(1, resolution // (STEPS * multiple))
     wide = []
     for width in range(resolution + step, resolution * 2, step):

@@ -7,7 +7,11 @@ import numpy as np
 
 
 class Turns:
-    """Batches of equal size, each of one kind (pictures of one shape); every epoch in an order of its own."""
+    """Batches of equal size, each of one kind (pictures of one shape); every epoch in an order of its own.
+
+    Every picture has its turn about as often as any other: a kind that is too rare to fill a batch has one in some
+    epochs only.
+    """
 
     def __init__(self, kinds: Sequence[Hashable], batch_size: int, seed: int) -> None:
         """`kinds` has that of each picture."""
@@ -15,15 +19,15 @@ class Turns:
         for index, kind in enumerate(kinds):
             members[kind].append(index)
         self._members = [np.array(indices) for indices in members.values()]
-        self._batch_size, self._seed = batch_size, seed
+        self._pictures, self._batch_size, self._seed = len(kinds), batch_size, seed
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return sum(-(-len(indices) // self._batch_size) for indices in self._members)
+        return -(-self._pictures // self._batch_size)
 
     def at(self, step: int) -> np.ndarray:
-        """The pictures [batch_size] of an optimiser step; a last batch is filled up with others of its kind."""
+        """The pictures [batch_size] of an optimiser step."""
         epoch, number = divmod(step, len(self))
         if self._epoch[0] != epoch:
             self._epoch = epoch, self._shuffled(epoch)
@@ -31,11 +35,14 @@ class Turns:
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng((self._seed, epoch))
+        ends = np.cumsum([len(indices) for indices in self._members]) * len(self) / self._pictures
+        ends[-1] = len(self)  # whatever the rounding says
+        counts = np.diff(np.floor(ends + random.random()).clip(max=len(self)), prepend=0).astype(int)
         batches: list[np.ndarray] = []
-        for indices in self._members:
-            lacking = -len(indices) % self._batch_size
-            order = np.concatenate([random.permutation(indices), random.choice(indices, lacking)])
-            batches += np.split(order, len(order) // self._batch_size)
+        for indices, count in zip(self._members, counts, strict=True):
+            wanted = count * self._batch_size
+            rounds = [random.permutation(indices) for _ in range(-(-wanted // len(indices)))]
+            batches += np.split(np.concatenate(rounds)[:wanted], count) if count else []
         return [batches[i] for i in random.permutation(len(batches))]
 
 
