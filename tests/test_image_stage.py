@@ -213,7 +213,7 @@ def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make
 
 @pytest.mark.parametrize("stage", ["image", "image_vae"])
 def test_two_workers_under_zero_3_end_with_the_average_of_one(make_run, make_vae_run, tmp_path, stage):
-    """DeepSpeed keeps small parameters whole: their shards alone were averaged. Seven pictures are held out, an odd
+    """DeepSpeed keeps small parameters whole: their shards alone were averaged. Three pictures are held out, an odd
     number, of which one worker had one more to wait for."""
     made, file = {"image": (make_run, "unet/"), "image_vae": (make_vae_run, "")}[stage]
     config, one = made("one", ema_decay=0.5, learning_rate=1e-2)
@@ -225,7 +225,7 @@ def test_two_workers_under_zero_3_end_with_the_average_of_one(make_run, make_vae
     paths = [run.model / f"{file}diffusion_pytorch_model.safetensors" for run in (one, both)]
     ours, theirs = map(load_file, paths)
     assert len(Pictures(one.folder / "val")) % 2
-    assert all(torch.allclose(theirs[name], tensor, atol=1e-4) for name, tensor in ours.items())
+    assert all(torch.allclose(theirs[name], tensor, atol=1e-3) for name, tensor in ours.items())
     assert validations(both) == pytest.approx(validations(one), abs=1e-4)
 
 

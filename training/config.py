@@ -365,7 +365,7 @@ class ImageConfig(PicturesConfig):
     def _shape_is_possible(self) -> Self:
         if self.denoiser == "dit" and self.max_caption_tokens > PIXART_TOKENS:
             raise ValueError(
-                f"max_caption_tokens={self.max_caption_tokens}: a dit is drawn with {PIXART_TOKENS} at most"
+                f"max_caption_tokens={self.max_caption_tokens}: a dit takes {PIXART_TOKENS} at most"
             )
         if self.denoiser == "dit" and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
