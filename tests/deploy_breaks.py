@@ -273,6 +273,18 @@ BREAKS = [
         at=f"/spec/rayClusterSpec{_WORKER}/containers/0/lifecycle/preStop",
     ),
     *_breaks(
+        GPU,
+        "RayService/chatforge",
+        (
+            "serving hook's option",
+            "/exec/command/2",
+            _swap("--reason ", "--why "),
+            "lifecycle.preStop: `ray drain-node`",
+        ),
+        ("less time than it drains", "/exec/command/2", _swap("seconds 660", "seconds 700"), "terminationGracePeriod"),
+        at=f"/spec/rayClusterConfig{_WORKER}/containers/0/lifecycle/preStop",
+    ),
+    *_breaks(
         GPT3,
         "RayJob/train-gpt3-6-7b",
         ("a dot in a cluster's name", "/metadata/name", "train-gpt3-6.7b", "RayJob/train-gpt3-6.7b metadata.name"),

@@ -70,6 +70,9 @@ def _hook_findings(pod: Pod) -> Iterator[str]:
     for command, options in re.findall(r"\bray ([a-z][a-z-]+)((?:[^\n|;&]|\\\n)*)", hook):
         for option in set(re.findall(r"--([a-z-]+)", options)) - _options_of(command):
             yield f"{pod.place}.spec.containers[0].lifecycle.preStop: `ray {command}` has no --{option}"
+    grace = pod.spec.get("terminationGracePeriodSeconds", 30)
+    if any(int(seconds) >= grace for seconds in re.findall(r"--deadline-remaining-seconds (\d+)", hook)):
+        yield f"{pod.place}.spec.terminationGracePeriodSeconds: {grace} is less than its preStop hook gives Ray"
 
 
 def _readiness_findings(pod: Pod) -> Iterator[str]:
