@@ -77,6 +77,34 @@ def test_room_is_given_back_when_the_longest_is_gone(cache: KVCache) -> None:
     assert holds(cache, 1, rows)
 
 
+def test_short_sequences_move_nothing(cache: KVCache) -> None:
+    """Every step copied the whole cache while the longest had no more than half of the least room."""
+    before = list(cache.layers)
+    for length in range(1, cache.capacity + 1):
+        cache.fit(length)
+    assert all(now is then for now, then in zip(cache.layers, before, strict=True))
+
+
+def test_without_memory_for_more_it_is_empty_and_whole(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer had grown and the others not, under one capacity: later requests wrote over one another."""
+    cache.fit(300)
+    make, made = Tensor.new_zeros, []
+
+    def full(self: Tensor, shape: tuple[int, ...]) -> Tensor:
+        made.append(shape)
+        if len(made) == 2:
+            raise RuntimeError("out of memory")
+        return make(self, shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", full)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            cache.fit(400)
+    assert {layer.shape[3] for layer in cache.layers} == {cache.capacity}
+    cache.fit(90)
+    assert holds(cache, 1, fill(cache, 1, 0, 90))
+
+
 def test_a_move_takes_the_sequence_along(cache: KVCache) -> None:
     rows = fill(cache, 1, 0, 6)
     cache.move(1, 0, 6)

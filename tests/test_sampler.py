@@ -72,6 +72,15 @@ def test_a_mixed_batch_draws_what_the_oracle_draws() -> None:
                 assert drawn[row] == slow_draw(slow_distribution(scores, params, seen), uniforms[row]), params
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-10])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    """Logits over it were infinite, and every token the vocabulary's last."""
+    logits = rows(6, seed=5, spread=30.0)
+    params = [SamplingParams(temperature=temperature, top_k=k, top_p=p) for k in (0, 7) for p in (1.0, 0.5, 0.9)]
+    drawn = sampler.next_tokens(logits, params, [0.01, 0.2, 0.4, 0.6, 0.8, 0.99], [[]] * 6)
+    assert drawn.tolist() == logits.argmax(1).tolist()
+
+
 def test_a_row_draws_the_same_alone_and_among_others() -> None:
     logits, histories = rows(len(MIXED), 7), [[1, 2, 3]] * len(MIXED)
     uniforms = [sampler.uniform(5, i) for i in range(len(MIXED))]

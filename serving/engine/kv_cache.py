@@ -29,6 +29,8 @@ class KVCache:
     def fit(self, length: int) -> None:
         """Makes room for `length` tokens per slot, the longest there is, and gives back room above twice that.
 
+        Raises RuntimeError where there is no memory; the cache is then empty.
+
         Growth is by an eighth at least, which bounds the copying to a few per cent of the reading.
         """
         assert length <= self.max_len
@@ -36,11 +38,18 @@ class KVCache:
             return
         wanted = max(length, self.capacity + self.capacity // 8) if length > self.capacity else length
         capacity = min(-(-wanted // _GRAIN) * _GRAIN, self.max_len)
+        if capacity == self.capacity:
+            return
         kept = min(self.capacity, capacity)
+        try:
+            for i, layer in enumerate(self.layers):
+                self.layers[i] = layer.new_zeros((*layer.shape[:3], capacity, self.head_dim))
+                self.layers[i][..., :kept, :] = layer[..., :kept, :]
+        except RuntimeError:  # no memory: every request ends, and what is in here is nobody's
+            self.capacity = min(_GRAIN, self.max_len)
+            self.layers = [x.new_zeros((*x.shape[:3], self.capacity, self.head_dim)) for x in self.layers]
+            raise
         self.capacity = capacity
-        for i, layer in enumerate(self.layers):
-            self.layers[i] = layer.new_zeros((*layer.shape[:3], capacity, self.head_dim))
-            self.layers[i][..., :kept, :] = layer[..., :kept, :]
 
     def addresses(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Where the rows of tokens at [T] positions of [T] slots go: [T, 2 · kv_heads], keys first, for `write`."""

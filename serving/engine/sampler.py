@@ -27,7 +27,9 @@ def next_tokens(
     if not rows:
         return tokens
     params, device = [params[i] for i in rows], logits.device
-    drawn = logits[rows] / torch.tensor([p.temperature for p in params], device=device)[:, None]
+    drawn = logits[rows]
+    drawn = drawn - drawn.amax(1, keepdim=True)  # so that a temperature near 0 makes no infinity but of minus
+    drawn = drawn / torch.tensor([p.temperature for p in params], device=device)[:, None]
     drawn = _where(lambda p: p.top_k > 0, params, drawn, lambda x, ps: top_k(x, _column(ps, "top_k", x)))
     probs = drawn.softmax(1)
     probs = _where(lambda p: p.top_p < 1, params, probs, lambda x, ps: top_p(x, _column(ps, "top_p", x)))

@@ -73,6 +73,7 @@ class TorchEngine:
         self._stepping = threading.Lock()  # one step at a time
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
+        self.device_is_lost = False  # every later step would fail: nothing but another process helps
         self._threads = threads
 
     @classmethod
@@ -214,6 +215,7 @@ class TorchEngine:
                 self._step()
             except Exception as error:
                 logger.exception("a step failed; its requests end with this error")
+                self.device_is_lost |= isinstance(error, torch.AcceleratorError)  # one without memory is not lost
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:
