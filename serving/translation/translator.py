@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import unicodedata
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from serving.translation.api import (
     TranslatorStats,
 )
 from serving.translation.batching import Call, Waiting, pick
-from serving.translation.codec import Codec
+from serving.translation.codec import Codec, plain
 from serving.translation.ct2 import Ct2Decoder
 from serving.translation.decoding import Decoder, TorchDecoder
 from serving.translation.search import Output
@@ -145,7 +146,9 @@ class Translator(Batches[Call, Waiting]):
 
     def _fits(self, sentence: str) -> bool:
         # No tokenizer makes more tokens than bytes and a few of its own, and most sentences are short: ask it rarely.
-        if len(sentence.encode("utf-8", "replace")) + 8 <= self.max_source_tokens:
+        # The bytes are those after the codec's NFC and SentencePiece's NFKC, which make one letter many.
+        forms = plain(sentence), unicodedata.normalize("NFKC", sentence)
+        if max(len(form.encode("utf-8", "replace")) for form in forms) + 8 <= self.max_source_tokens:
             return True
         return len(self._codec.encode([sentence])[0]) <= self.max_source_tokens
 
