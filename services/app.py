@@ -149,9 +149,16 @@ def running(config: ServerConfig) -> Iterator[str]:
 
 def _start_ray(config: ServerConfig, scratch: str) -> None:
     import ray
+    from ray import serve
 
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        if running := ", ".join(serve.status().applications):
+            ray.shutdown()
+            raise ServerConfigError(
+                f"RAY_ADDRESS: that cluster serves {running} already, which would be replaced, and deleted in the end; "
+                "change it there by `serve deploy`, end it by `serve shutdown`, or unset RAY_ADDRESS"
+            )
         return
     ray.init(
         address="local",

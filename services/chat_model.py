@@ -25,6 +25,14 @@ _DEFAULT_NEW_TOKENS = 256
 _DEFAULT_KNOBS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
+def control_tokens(tokenizer: Any) -> list[str]:
+    """What a message must not hold: tokens that are special, or that the chat template marks turns with, also those
+    that have no role of their own in the tokenizer's settings."""
+    template = str(tokenizer.chat_template or "")
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+
+
 class ChatModel:
     """An engine with its tokenizer and its limits."""
 
@@ -43,7 +51,7 @@ class ChatModel:
             threads=threads,
         )
         self.defaults = _defaults(config.folder)
-        self._control_tokens = [t for t in self.tokenizer.all_special_tokens if t.strip()]
+        self._control_tokens = control_tokens(self.tokenizer)
 
     def proto(self) -> models_pb2.Model:
         limits = {

@@ -84,9 +84,11 @@ class ImageService:
         return [model.proto() for model in self._models.values()]
 
     def check_health(self) -> None:
-        """Serve calls this every few seconds; what it sees goes out as gauges."""
+        """Serve calls this every few seconds; what it sees goes out as gauges. Raises where a device is lost."""
         for name, model in self._models.items():
             self._metrics[name].show(model.painter.stats())
+            if model.painter.device_is_lost:
+                raise RuntimeError(f"{name}: its device is lost; only another process can use it again")
 
     def _model(self, request: Prompts) -> ImageModel:
         return self._models[choose_name("model", request.model, self._models)]

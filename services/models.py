@@ -2,9 +2,11 @@
 
 import asyncio
 import operator
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 
 from chatforge.v1.models_pb2 import (
     MODEL_STATE_FAILED,
@@ -35,7 +37,7 @@ class ModelService:
     def __init__(self, models: dict[str, list[str]]) -> None:
         """`models` has the names of each application's models."""
         self._models = models
-        self._cards: dict[str, Model] = {}  # by name; a service is asked once, since what it holds does not change
+        self._cards: dict[str, Model] = {}  # by name, as its service has told last
 
     @answers(ListModelsResponse)
     async def ListModels(self, request: ListModelsRequest, grpc_context: Any, request_id: str) -> ListModelsResponse:
@@ -52,8 +54,9 @@ class ModelService:
     async def _of(self, application: str) -> list[Model]:
         state = await application_state(application)
         names = self._models[application]
-        if state is State.READY and not all(name in self._cards for name in names):
-            await self._ask(application)
+        if state is State.READY:
+            with suppress(TimeoutError, RayError):  # busy, or gone a moment ago: what is known stays
+                await self._ask(application)
         return [self._with_state(name, _STATES[state]) for name in names]
 
     async def _ask(self, application: str) -> None:

@@ -81,9 +81,11 @@ class TranslationService:
         return [model.proto() for model in self._models.values()]
 
     def check_health(self) -> None:
-        """Serve calls this every few seconds; what it sees goes out as gauges."""
+        """Serve calls this every few seconds; what it sees goes out as gauges. Raises where a device is lost."""
         for name, model in self._models.items():
             self._metrics[name].show(model.translator.stats())
+            if model.translator.device_is_lost:
+                raise RuntimeError(f"{name}: its device is lost; only another process can use it again")
 
     def _model(self, request: TranslateRequest | StreamTranslateRequest) -> TranslationModel:
         name = choose_translator(request.model, request.source_language, request.target_language, self._pairs)

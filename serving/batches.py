@@ -54,6 +54,7 @@ class Batches(ABC, Generic[C, I]):
         self._changed = threading.Condition()  # notified when there is work
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
+        self.device_is_lost = False  # every later step would fail: nothing but another process helps
 
     @abstractmethod
     def _pick(self) -> list[I]:
@@ -127,6 +128,7 @@ class Batches(ABC, Generic[C, I]):
                 self._work(batch)
             except Exception as error:
                 logger.exception("a batch failed; its requests end with this error")
+                self.device_is_lost |= isinstance(error, torch.AcceleratorError)  # one without memory is not lost
                 self._fail([item.call for item in batch], error)  # type: ignore[misc]  # an item's call is a C
             with self._changed:
                 self._running = []

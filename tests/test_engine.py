@@ -270,6 +270,21 @@ async def test_a_failing_step_ends_its_requests_and_not_the_engine(
     assert (await collect(engine, [5, 6], GREEDY))[-1].finish_reason
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("gone")])
+async def test_a_lost_device_is_known_and_a_full_one_is_not_lost(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """What the replica's health check looks at: it would answer INTERNAL for ever."""
+
+    def fail(step: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine._decoder, "logits", fail)
+    with pytest.raises(type(error)):
+        await collect(engine, [5, 6], GREEDY)
+    assert engine.device_is_lost == isinstance(error, torch.AcceleratorError)
+
+
 def test_stats_count_tokens(engine: TorchEngine) -> None:
     engine.generate_all([[5, 6, 7], [8]], SamplingParams(max_new_tokens=4))
     stats = engine.stats()

@@ -227,6 +227,30 @@ async def test_a_failing_batch_ends_its_calls_and_not_the_translator(
     assert len(await translator.translate(TEXTS, GREEDY)) == len(TEXTS)
 
 
+async def test_a_lost_device_is_known_and_a_full_one_is_not_lost(
+    translator: Translator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, lost in ((torch.OutOfMemoryError("full"), False), (torch.AcceleratorError("gone"), True)):
+
+        def fail(*batch: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(translator._decoder, "decode", fail)
+        with pytest.raises(type(error)):
+            await translator.translate(TEXTS, GREEDY)
+        await until(lambda: idle(translator))
+        assert translator.device_is_lost == lost
+
+
+async def test_a_letter_that_becomes_many_does_not_pass_the_models_limit(translator: Translator) -> None:
+    """Unicode's normal forms make four bytes twelve: longer than the positions that there are."""
+    limit = translator.max_source_tokens
+    text = "a" + "\U0001d160" * ((limit - 9) // 4)
+    assert len(text.encode()) + 8 <= limit
+    (translated,) = await translator.translate([text], GREEDY)
+    assert len(translated.hypotheses) == 1
+
+
 def waiting(*lengths: int, beams: int = 1) -> list[Waiting]:
     call = Call({str(i): [EOS] * n for i, n in enumerate(lengths)}, TranslationParams(beams))
     return [Waiting(sentence, call) for sentence in call.sources]

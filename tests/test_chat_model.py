@@ -1,0 +1,38 @@
+"""What a chat message must not hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyWorld
+from transformers import AutoTokenizer
+
+from chatforge.v1.chat_pb2 import ChatRequest, Message
+from services.chat_model import ChatModel, control_tokens
+from services.config import ChatModelConfig
+from services.errors import StatusError
+
+
+def with_tokens_of_no_role(folder: Path) -> Any:
+    """As SmolLM2's `<file_sep>` and Llama 3's `<|start_header_id|>`: special, and named in tokenizer.json alone."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.add_special_tokens(["<file_sep>"])
+    tokenizer.backend_tokenizer.add_tokens(["<header>", "<plain>"])
+    tokenizer.chat_template = "<header>" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder.parent / "more")
+    return AutoTokenizer.from_pretrained(folder.parent / "more")
+
+
+def test_all_that_marks_turns_is_a_control_token(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(tiny_world.tokenizer).save_pretrained(tmp_path / "mine")
+    found = control_tokens(with_tokens_of_no_role(tmp_path / "mine"))
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>", "<header>"} <= set(found)
+    assert "<plain>" not in found
+
+
+async def test_a_message_with_one_is_refused(tiny_world: TinyWorld) -> None:
+    model = ChatModel("tiny", ChatModelConfig(model=str(tiny_world.llama)))
+    request = ChatRequest(messages=[Message(role="ROLE_USER", content="Hi<|im_end|>")])
+    with pytest.raises(StatusError, match=r"im_end"):
+        await model.prepare(request)
+    model.engine.close()
