@@ -9,6 +9,8 @@ from training import sft, zero
 from training.config import SFTConfig
 from training.data.chats import Chat, read_chats
 from training.run import Run, StageError
+from training.tokenizer import CHATML
+from training.trainer import length_limit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +38,7 @@ def test_it_learns_on_deepspeed_and_leaves_a_model_folder(make_run):
     model = AutoModelForCausalLM.from_pretrained(run.model)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     assert tokenizer.chat_template and tokenizer.eos_token_id in model.generation_config.eos_token_id
+    assert not list((run.folder / "trainer").glob("checkpoint-*"))  # transformers writes one at the last step
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):
@@ -94,3 +97,41 @@ def test_chats_that_do_not_fit_are_refused(tiny_world):
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
     with pytest.raises(StageError, match=r"max_length=4: none of \d+ chats fits"):
         sft.tokenize(read_chats([str(tiny_world.chats)])[0], tokenizer, 4)
+
+
+def test_what_does_not_fit_is_counted(tiny_world, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+    chats = [chat for chat in read_chats([str(tiny_world.chats)])[0] if len(chat.messages) == 4][:3]
+    (whole,) = sft.tokenize(chats[:1], tokenizer, 256)
+    assert "1 of 1 chats fit 256 tokens, 0 of them without their end" in capsys.readouterr().out
+    sft.tokenize(chats[:1], tokenizer, len(whole["input_ids"]) - 1)
+    assert "1 of 1 chats fit" in (said := capsys.readouterr().out) and "1 of them without their end" in said
+
+
+def test_chats_are_no_longer_than_the_model_can_see(tiny_world):
+    """A longer one was an index out of range, after all of pretraining."""
+    assert length_limit(10_000, str(tiny_world.gpt2)) == length_limit(10_000, str(tiny_world.llama)) == 256
+    assert length_limit(100, str(tiny_world.gpt2)) == 100
+
+
+def with_template(tiny_world, template):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_start_that_is_no_chat_model_is_refused_in_words(tiny_world):
+    with pytest.raises(StageError, match=r"sft\.model=gpt2: its tokenizer has no chat template"):
+        sft.training_template(with_template(tiny_world, None), "gpt2")
+    unknown = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    with pytest.raises(StageError, match=r"sft\.model=mine: "):
+        sft.training_template(with_template(tiny_world, unknown), "mine")
+
+
+def test_chatml_as_other_models_have_it_is_taught_from(tiny_world):
+    tokenizer = with_template(tiny_world, f"{{% for message in messages %}}{CHATML}{{% endfor %}}")
+    template = sft.training_template(tokenizer, "theirs")
+    chat = Chat([{"role": "user", "content": "What is tea?"}, {"role": "assistant", "content": "It is tea."}], key="k")
+    (row,) = sft.tokenize([chat], tokenizer, 256, template)
+    taught = [i for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(taught) == "It is tea.<|im_end|>"

@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.run import folder_atomic
+from training.tokenizer import CHATML, CHATML_MARKED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Where generation stops, beside the file's own eos: a chat model's turn may end in one, its document in another.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>")
-
-# ChatML as files have it, and the same with what the assistant has to produce marked, which SFT needs.
-CHATML = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-CHATML_MARKED = (
-    "{{'<|im_start|>' + message['role'] + '\n'}}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{message['content'] + '<|im_end|>'}}{% endgeneration %}"
-    "{% else %}{{message['content'] + '<|im_end|>'}}{% endif %}"
-    "{{'\n'}}"
-)
 
 
 def import_gguf(file: Path, out: Path) -> None:

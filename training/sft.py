@@ -18,7 +18,8 @@ from training.config import SFTConfig
 from training.data.chats import Chat, read_chats
 from training.data.split import split
 from training.run import Run, StageError
-from training.trainer import fit, peft_config, trainer_arguments
+from training.tokenizer import CHATML, CHATML_MARKED
+from training.trainer import fit, length_limit, peft_config, trainer_arguments
 
 VAL_CHATS = 256  # of the held-out ones, for the validation loss
 
@@ -29,7 +30,8 @@ def run(config: SFTConfig, run: Run) -> None:
     zero.seed_everything(run.seed)
     start = config.model or str(run.of("pretrain").model)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    training_template = get_training_chat_template(tokenizer)  # None where {% generation %} marks are there
+    template = training_template(tokenizer, start)
+    max_length = length_limit(config.max_length, start)
     chats, counts = read_chats(config.chats)
     training, held_out = split(chats, run.seed, run.val_fraction)
     print(f"chats: {counts}; {len(training)} to learn from, {len(held_out)} held out", flush=True)
@@ -40,15 +42,30 @@ def run(config: SFTConfig, run: Run) -> None:
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(start, dtype="float32", use_safetensors=True),
         args=arguments,
-        train_dataset=tokenize(training, tokenizer, config.max_length, training_template),
-        eval_dataset=tokenize(held_out[:VAL_CHATS], tokenizer, config.max_length, training_template)
-        if held_out
-        else None,
+        train_dataset=tokenize(training, tokenizer, max_length, template),
+        eval_dataset=tokenize(held_out[:VAL_CHATS], tokenizer, max_length, template) if held_out else None,
         processing_class=tokenizer,
         peft_config=peft_config(config.lora, "CAUSAL_LM"),
     )
     fit(trainer, run)
     zero.export(trainer.model_wrapped, run, tokenizer, kind="causal-lm")
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase, start: str) -> str | None:
+    """A chat template with {% generation %} marks, None where the tokenizer's own has them.
+
+    Raises StageError where it has none that could be marked.
+    """
+    if not tokenizer.chat_template:
+        raise StageError(
+            f"sft.model={start}: its tokenizer has no chat template, so nothing says where a turn ends; start from a "
+            "chat model, or put a chat_template.jinja with {% generation %} marks into a copy of the folder"
+        )
+    tokenizer.chat_template = tokenizer.chat_template.replace(CHATML, CHATML_MARKED)
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise StageError(f"sft.model={start}: {error}") from None
 
 
 def tokenize(
@@ -59,22 +76,26 @@ def tokenize(
     `template`: a chat template with {% generation %} marks, where the tokenizer's own has none. Raises StageError where
     nothing fits.
     """
-    rows = [row for row in (_fitted(chat, tokenizer, max_length, template) for chat in chats) if row]
+    fitted = [_fitted(chat, tokenizer, max_length, template) for chat in chats]
+    rows = [row for row in fitted if row]
     if not rows:
         raise StageError(f"sft.max_length={max_length}: none of {len(chats)} chats fits; raise it or shorten the chats")
+    cut = sum(row.pop("is_cut") for row in rows)
+    print(f"{len(rows)} of {len(chats)} chats fit {max_length} tokens, {cut} of them without their end", flush=True)
     return Dataset.from_list(rows)
 
 
 def _fitted(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str | None
-) -> dict[str, list[int]] | None:
+) -> dict[str, Any] | None:
     messages = list(chat.messages)
     while messages:
         encoded: Any = tokenizer.apply_chat_template(
             messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
         )
         if len(encoded["input_ids"]) <= max_length:
-            return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
+            names = ("input_ids", "assistant_masks")
+            return {name: encoded[name] for name in names} | {"is_cut": len(messages) < len(chat.messages)}
         messages.pop()
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()

@@ -44,6 +44,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# ChatML as other models' folders have it, and the same with those marks.
+CHATML = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+CHATML_MARKED = (
+    "{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{message['content'] + '<|im_end|>'}}{% endgeneration %}"
+    "{% else %}{{message['content'] + '<|im_end|>'}}{% endif %}"
+    "{{'\n'}}"
+)
+
 
 def run(config: TokenizerConfig, run: Run) -> None:
     """Leaves the tokenizer's folder as the stage's model. One process does it all; other workers return at once."""

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from deepspeed import DeepSpeedEngine
 from peft import LoraConfig as PeftLoraConfig
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback
 
 from training import disks, notice, zero
 from training.config import LoraConfig, TrainingConfig
@@ -61,6 +61,11 @@ def peft_config(lora: LoraConfig | None, task_type: str, **extra: Any) -> PeftLo
     )
 
 
+def length_limit(max_length: int, start: str) -> int:
+    """`max_length`, or what the model at `start` was made for where that is less."""
+    return min(max_length, getattr(AutoConfig.from_pretrained(start), "max_position_embeddings", None) or max_length)
+
+
 def fit(trainer: Trainer, run: Run) -> None:
     """Train to the end, from the newest checkpoint where there is one."""
     latest = run.latest_checkpoint()
@@ -104,11 +109,11 @@ class _RunCallback(TrainerCallback):
             control.should_evaluate = True
         if zero.heard(self._run) != notice.NOTHING:
             control.should_save = True
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # transformers would: the model is exported now
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """transformers writes checkpoint-N in place; what it wrote whole becomes a checkpoint under our name."""
-        if state.global_step >= state.max_steps:
-            return
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         zero.adopt_checkpoint(self._run, state.global_step, written)
 
