@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from training import reward, zero
 from training.config import RewardConfig
 from training.data.rankings import read_rankings
+from training.ppo import load_scorer
 from training.run import Run, StageError
 
 
@@ -72,6 +74,26 @@ def test_the_folder_scores_as_the_card_says(make_run, tiny_world):
     card = json.loads((run.model / "chatforge.json").read_text())
     assert card["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
     assert card["reward_std"] == pytest.approx(scores.std().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", None])
+def test_a_turns_end_that_is_also_the_pad_is_what_is_scored(make_run, tmp_path, tiny_world, pad):
+    """As in most models of others. transformers took the last word for the last token; PPO asks for the turn's end."""
+    start = tmp_path / "start"
+    shutil.copytree(tiny_world.llama, start)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(start)
+    config, run = make_run(model=str(start))
+    reward.run(config, run)
+    _, held_out = reward.split(read_rankings([str(tiny_world.rankings)]), run.seed + 1, reward.HELD_OUT)
+    ids = [c for row in reward.tokenize(held_out, tokenizer, 256) for c in row["completions"]]
+    assert {c[-1] for c in ids} == {tokenizer.eos_token_id}
+    scorer = load_scorer(str(run.model)).eval()
+    with torch.no_grad():
+        scores = torch.cat([scorer(1, input_ids=torch.tensor([c])).flatten() for c in ids])
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-3) and scores.std().item() == pytest.approx(1.0, abs=1e-3)
+    assert json.loads((run.model / "chatforge.json").read_text())["accuracy"] > 0.9
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_with_the_same_losses):

@@ -4,6 +4,7 @@ TRL's trainer takes pairs. Ours gives it a whole ranking of K at once: K forward
 of a prompt in one batch, as the paper has it. Leaves out: margins, more than one reward.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from training.data.rankings import Ranking, read_rankings
 from training.data.split import split
 from training.run import Run, StageError
 from training.tokenizer import encode_completion, encode_prompt
-from training.trainer import fit, peft_config, trainer_arguments
+from training.trainer import fit, length_limit, peft_config, trainer_arguments
 
 HELD_OUT = 0.1  # of the rankings, by prompt, beside the recipe's held-out conversations
 CHANCE = 0.5
@@ -36,25 +37,27 @@ def run(config: RewardConfig, run: Run) -> None:
     zero.seed_everything(run.seed)
     start = config.model or str(run.of("sft").model)
     tokenizer = AutoTokenizer.from_pretrained(start)
+    padding = with_pad_of_its_own(tokenizer)
+    max_length = length_limit(config.max_length, start)
     sources = config.rankings or [str(run.of("rank").folder / "rankings.jsonl")]
     training, held_out = split(read_rankings(sources), run.seed + 1, HELD_OUT)
     if not held_out:
         raise StageError(f"reward.rankings: {len(training)} rankings leave none to hold out; give more")
     trainer = RankingTrainer(
-        model=load_reward_model(start, tokenizer),
+        model=load_reward_model(start, padding),
         args=TRLRewardConfig(
             **trainer_arguments(config, run, config.num_train_epochs),
             max_length=None,
             remove_unused_columns=False,
         ),
-        data_collator=RankingCollator(tokenizer.pad_token_id),
-        train_dataset=tokenize(training, tokenizer, config.max_length),
-        processing_class=tokenizer,
+        data_collator=RankingCollator(padding.pad_token_id),
+        train_dataset=tokenize(training, tokenizer, max_length),
+        processing_class=padding,
         peft_config=peft_config(config.lora, "SEQ_CLS", modules_to_save=["score"]),
     )
     fit(trainer, run)
 
-    rows = tokenize(held_out, tokenizer, config.max_length)
+    rows = tokenize(held_out, tokenizer, max_length)
     scores = [trainer.score(row["completions"]) for row in rows]
     accuracy = pair_accuracy(scores, [row["ranking"] for row in rows])
     flat = torch.cat(scores)
@@ -68,6 +71,20 @@ def run(config: RewardConfig, run: Run) -> None:
             f"rankings ({len(training)} were learnt from), or raise num_train_epochs or learning_rate"
         )
     zero.export(trainer.model_wrapped, run, tokenizer, kind="reward", **about)
+
+
+def with_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or where its pad is none or ends a turn, a copy that pads with another token of its vocabulary.
+
+    transformers' models read their score at the last token that is no pad, which must be the one that ends the turn, as
+    PPO has it. The copy is for padding alone: what it takes for special is cut out of texts.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    others = (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.convert_ids_to_tokens([0, 1]))
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = next(token for token in others if token and token != tokenizer.eos_token)
+    return padding
 
 
 def load_reward_model(start: str, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -122,6 +139,7 @@ def tokenize(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, ma
             rows.append({"completions": [c for c, _ in kept], "ranking": [rank for _, rank in kept]})
     if not rows:
         raise StageError(f"reward.max_length={max_length}: none of {len(rankings)} rankings has a pair that fits")
+    print(f"{len(rows)} of {len(rankings)} rankings have an order that fits {max_length} tokens", flush=True)
     return Dataset.from_list(rows)
 
 
