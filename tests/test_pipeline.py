@@ -165,6 +165,23 @@ def test_an_unknown_run_is_refused(world):
         pipeline.describe_run(world / "runs" / "nothing")
 
 
+def test_what_a_person_ranked_outlives_its_stage(world, monkeypatch):
+    """Another setting made the stage stale, and hours of work were deleted with it."""
+    monkeypatch.setattr("training.cluster.run_stage", lambda *_: 1 / 0)
+    r = recipe(world, rank={"prompts": [str(world / "chats.jsonl")], "judge": "person", "num_prompts": 9})
+    root, said = world / "runs" / "r", []
+    run = pipeline.stage_run(r, root, "rank")
+    run.folder.mkdir(parents=True)
+    (run.folder / "started.json").write_text(json.dumps(pipeline._identity(r, root, "rank")), "utf-8")
+    (run.folder / "rankings.jsonl").write_text('{"ranking": [1, 2]}\n', "utf-8")
+    other = recipe(world, rank={"prompts": [str(world / "chats.jsonl")], "judge": "person", "num_prompts": 8})
+    with pytest.raises(ZeroDivisionError):
+        pipeline._run_stage(other, run, said.append)
+    (kept,) = root.glob("rankings-*.jsonl")
+    assert kept.read_text() == '{"ranking": [1, 2]}\n' and not (run.folder / "rankings.jsonl").exists()
+    assert any("ranked by hand is kept" in words for words in said)
+
+
 def test_a_stage_ends_well_where_there_is_no_git(world, monkeypatch):
     """As in our own image: every stage that was trained there failed in its last moment."""
     monkeypatch.setenv("PATH", str(world))

@@ -107,6 +107,7 @@ def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
         say(f"{name}: already done")
         return
     if state != "resume":
+        _keep_what_a_person_did(run, say)
         mirror.forget_stage(run)
     mirror.write_file(run.root, run.store, f"{name}/started.json", json.dumps(identity, indent=2) + "\n")
     say(f"{name}: {'goes on ' + why if state == 'resume' else 'starts'} on {run.workers} × {run.device}")
@@ -118,6 +119,15 @@ def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
     say(f"{name}: done in {time.time() - started:.0f} s  {_brief(run.final_metrics())}")
     if asked_to_stop:
         raise StageInterrupted(stopped=True)
+
+
+def _keep_what_a_person_did(run: Run, say: Callable[[str], None]) -> None:
+    """Rankings by hand outlive the stage that asked for them: nothing makes them again."""
+    before, rankings = _read_json(run.folder / "started.json"), run.folder / "rankings.jsonl"
+    if before and before["config"].get("judge") == "person" and rankings.exists():
+        kept = run.root / f"rankings-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+        mirror.write_file(run.root, run.store, kept.name, rankings.read_text("utf-8"))
+        say(f"{run.stage}: what was ranked by hand is kept in {kept}; name it in reward.rankings to use it")
 
 
 def stage_run(recipe: Recipe, root: Path, name: str, device: str = "cpu", store: str | None = None) -> Run:
