@@ -124,3 +124,10 @@ def test_what_is_too_long_for_the_reward_model_leaves_its_ranking(tiny_world, ll
     assert len(kept.completions) == 3 and ranking.completions[lengths.index(max(lengths))] not in kept.completions
     assert measure.fitting([ranking], tokenizer, min(lengths)) == []
     assert measure.fitting([replace(ranking, ranks=[1, 1, 1, 1])], tokenizer, 10_000) == []
+
+
+def test_a_pass_holds_no_more_than_some_thousand_tokens():
+    """Thirty-two windows of a thousand had logits of many gigabytes."""
+    batches = list(measure.document_batches(np.zeros(100_000, np.int64), 0, 1024))
+    assert max(batch["input_ids"].numel() for batch in batches) == measure.PASS_TOKENS
+    assert sum(batch["input_ids"].numel() for batch in batches) == 100_000

@@ -86,7 +86,7 @@ def sampled(folder):
     tokenizer, size = AutoTokenizer.from_pretrained(folder), {"max_num_seqs": 64, "max_model_len": 16}
     params = SamplingParams(max_new_tokens=8, temperature=1.0)
     own = Rollouts(policy, policy, TorchEngine(policy, tokenizer, **size), params)
-    beside = RemoteRollouts(policy, 2, params, policy.config, tokenizer, **size)
+    beside = RemoteRollouts(policy, 2, params, policy.config, policy.generation_config, tokenizer, **size)
 
     def both(seeds):
         for rollouts in (own, beside):
@@ -105,6 +105,19 @@ def sampled(folder):
     replaced = beside.sample(PROMPTS, range(64))
     beside.close()
     return equal(before, same), equal(after, moved), equal(before, after), equal(after, replaced)
+
+
+def test_an_engine_stops_at_the_tokens_that_the_policy_stops_at(tiny_world):
+    """They stand in generation_config.json; config.json has the turn's end alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from serving.model_folder import eos_ids
+    from training.ppo_engines import RolloutEngine
+
+    policy, tokenizer = (kind.from_pretrained(tiny_world.llama) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    engine = RolloutEngine(policy.config, policy.generation_config, tokenizer, "cpu", max_num_seqs=1, max_model_len=16)
+    assert eos_ids(engine._model, tokenizer) == eos_ids(policy, tokenizer)
+    assert len(eos_ids(policy, tokenizer)) > 1
 
 
 def test_engines_sample_what_the_policy_would(tiny_world):

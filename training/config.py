@@ -364,9 +364,7 @@ class ImageConfig(PicturesConfig):
     @model_validator(mode="after")
     def _shape_is_possible(self) -> Self:
         if self.denoiser == "dit" and self.max_caption_tokens > PIXART_TOKENS:
-            raise ValueError(
-                f"max_caption_tokens={self.max_caption_tokens}: a dit takes {PIXART_TOKENS} at most"
-            )
+            raise ValueError(f"max_caption_tokens={self.max_caption_tokens}: a dit takes {PIXART_TOKENS} at most")
         if self.denoiser == "dit" and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
         if self.denoiser == "unet" and (wrong := [c for c in self.channels if c % self.num_heads]):

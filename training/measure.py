@@ -26,6 +26,7 @@ from training.stats import Estimate, ratio_and_stderr
 from training.tokenizer import encode_completion, encode_prompt
 
 BATCH = 32  # sequences per forward pass
+PASS_TOKENS = 4096  # of text in a forward pass: their logits are what takes the memory
 MAX_TOKENS = 65_536  # of held-out text: bits per byte to about 0.01, in seconds on two cores
 Tokens = Sequence[Sequence[int]]
 
@@ -62,14 +63,16 @@ def shard_batches(data: PackedTokens, seq_len: int) -> Iterator[dict[str, torch.
     """Windows of a side of the shards, all of them or MAX_TOKENS' worth at even distances."""
     windows = min(len(data), max(1, MAX_TOKENS // seq_len))
     chosen = [i * len(data) // windows for i in range(windows)]
-    for first in range(0, windows, BATCH):
-        yield data.batch(chosen[first : first + BATCH])
+    rows = max(1, PASS_TOKENS // seq_len)
+    for first in range(0, windows, rows):
+        yield data.batch(chosen[first : first + rows])
 
 
 def document_batches(ids: np.ndarray, bos: int, seq_len: int) -> Iterator[dict[str, torch.Tensor]]:
     """All windows of a stream of tokens, [N]; what does not fill one at the end makes a shorter one."""
     whole = len(ids) // seq_len * seq_len
-    windows = [ids[:whole].reshape(-1, seq_len)[i : i + BATCH] for i in range(0, whole // seq_len, BATCH)]
+    rows = max(1, PASS_TOKENS // seq_len)
+    windows = [ids[:whole].reshape(-1, seq_len)[i : i + rows] for i in range(0, whole // seq_len, rows)]
     if len(ids) - whole > 1:
         windows.append(ids[None, whole:])
     for window in windows:

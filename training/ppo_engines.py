@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from serving.engine.api import SamplingParams
 from serving.engine.torch_engine import TorchEngine
@@ -33,10 +33,17 @@ class RolloutEngine:
     """The actor: a causal LM and an engine on it; its weights come with every rollout."""
 
     def __init__(
-        self, config: PretrainedConfig, tokenizer: Any, device: str, max_num_seqs: int, max_model_len: int
+        self,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig,
+        tokenizer: Any,
+        device: str,
+        max_num_seqs: int,
+        max_model_len: int,
     ) -> None:
         os.environ.update(ENVIRONMENT)
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+        self._model.generation_config = generation_config  # it names the tokens that end a completion
         self._engine = TorchEngine(self._model, tokenizer, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
     @torch.no_grad()
@@ -60,14 +67,16 @@ class RemoteRollouts:
         count: int,
         params: SamplingParams,
         config: PretrainedConfig,
+        generation_config: GenerationConfig,
         tokenizer: Any,
         **size: int,
     ) -> None:
-        """`config` and `tokenizer` are the policy's, `size` is what bounds each engine."""
+        """The configs and the tokenizer are the policy's, `size` is what bounds each engine."""
         import ray
 
         self.policy, self.params = policy, params
-        self._made_of, self._size = (config, tokenizer, next(policy.parameters()).device.type), size
+        self._made_of = config, generation_config, tokenizer, next(policy.parameters()).device.type
+        self._size = size
         has = ray.get_runtime_context().get_assigned_resources()
         self._takes = {"num_cpus": has.get("CPU"), "num_gpus": has.get("GPU"), "memory": has.get("memory")}
         self._weights: Any = None
