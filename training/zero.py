@@ -67,7 +67,7 @@ def deepspeed_config(config: Config, run: Run) -> dict[str, Any]:
     """The stage's settings as DeepSpeed takes them."""
     return {
         # It only counts with this; a batch of tokens has no fixed number of sequences.
-        "train_micro_batch_size_per_gpu": config.micro_batch_size if isinstance(config, TrainingConfig) else 1,
+        "train_micro_batch_size_per_gpu": config.micro_batch(run.workers) if isinstance(config, TrainingConfig) else 1,
         "gradient_accumulation_steps": config.gradient_accumulation_steps(run.workers),
         "gradient_clipping": config.max_grad_norm,
         "torch_autocast": {"enabled": config.dtype == "bf16", "dtype": "bfloat16"},
