@@ -33,6 +33,13 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # the reader of our output has gone, as `head` does
             sys.stdout = None  # type: ignore[assignment]
             raise typer.Exit(0) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "chatforge", "services", "serving", "training"):
+                raise
+            needed = "in a clone: pip install '.[train,serve,demo]'"
+            typer.echo(f"error: this needs the package {package}, which is not installed; {needed}", err=True)
+            raise typer.Exit(2) from None
         except (ValueError, RuntimeError) as error:
             code = _exit_code(error)
             if code is None:

@@ -121,6 +121,18 @@ def test_runs_are_looked_for_where_they_are_said_to_be(tmp_path: Path) -> None:
     assert told.returncode == 2 and "run 'mine' has no completions to rank" in told.stderr
 
 
+def test_a_package_that_is_missing_is_named_with_how_to_get_it(tmp_path: Path) -> None:
+    """After `pip install .`, which brings the client alone."""
+    (tmp_path / "ray.py").write_text("raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')", "utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom services.cli import app\napp(['train', 'tiny'])"
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2 and told.stderr == (
+        "error: this needs the package ray, which is not installed; in a clone: pip install '.[train,serve,demo]'\n"
+    )
+
+
 def test_a_server_that_is_not_there_exits_1(tmp_path: Path) -> None:
     told = run_command(["chat", "--server", "127.0.0.1:1", "hi"], tmp_path)
     assert told.returncode == 1 and told.stderr.startswith("error: UNAVAILABLE: ") and told.stderr.count("\n") == 1
