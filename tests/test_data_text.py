@@ -45,10 +45,8 @@ def test_shards_hold_every_document_behind_a_bos(tiny_world, tokenizer, stage):
 def test_shards_are_written_once_for_the_same_inputs(tiny_world, tokenizer, stage, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(tiny_world.corpus.read_text("utf-8")[:20_000], "utf-8")
-    seen: list[int] = []
-    folder = tokenize_to_shards([str(corpus)], tokenizer, stage, seen.append)
+    folder = tokenize_to_shards([str(corpus)], tokenizer, stage)
     written = (folder / "train.bin").stat().st_mtime_ns
-    assert seen and abs(seen[-1] - 20_000) < 500
     tokenize_to_shards([str(corpus)], tokenizer, stage)
     assert (folder / "train.bin").stat().st_mtime_ns == written
     with corpus.open("a") as file:

@@ -335,7 +335,7 @@ def test_what_is_wrong_is_told_before_anything_is_trained(make_run, tmp_path):
     with pytest.raises(ValueError, match="max_caption_tokens=121: a dit takes 120 at most"):
         make_run("tokens", max_caption_tokens=121, **DIT)
     with pytest.raises(ConfigError, match="not divisible"):
-        make_run("batch", batch_size=3)[0].gradient_accumulation_steps(1)
+        make_run("batch", batch_size=6)[0].gradient_accumulation_steps(1)
 
 
 BY_NAME = """

@@ -91,7 +91,8 @@ def test_the_recipe_samples_are_valid(tmp_path):
         path = tmp_path / f"{number}.yaml"
         path.write_text(sample, "utf-8")
         recipes.append(load_recipe(str(path)))
-    assert recipes[0].rank.judge == "person" and recipes[1].translation.pairs == ["corpus/*.tsv"]
+    assert recipes[0].rank.judge == "person" and recipes[2].translation.pairs == ["corpus/*.tsv"]
+    assert list(recipes[1].stages) == ["sft"]
 
 
 def test_the_server_sample_is_valid():

@@ -72,3 +72,14 @@ def test_a_model_folder_says_what_it_is(run):
     save_model(run, lambda folder: (folder / "config.json").write_text("{}"), "reward", accuracy=0.7)
     card = json.loads((run.model / "chatforge.json").read_text())
     assert card == {"kind": "reward", "run": "r", "stage": "pretrain", "accuracy": 0.7}
+
+
+def test_notes_are_kept_once_and_by_the_first_worker(tmp_path, monkeypatch):
+    run = Run(tmp_path / "r", "sft")
+    run.folder.mkdir(parents=True)
+    run.note("3 of 9 chats fit")
+    run.note("3 of 9 chats fit")
+    run.note("two\nlines")
+    monkeypatch.setenv("RANK", "1")
+    run.note("the others' words")
+    assert run.notes() == ["3 of 9 chats fit", "two lines"]

@@ -31,13 +31,15 @@ def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
     DataError where nothing is left to learn from, or to measure on.
     """
     train, val = run.folder / "train", run.folder / "val"
-    training, held_out = captioned_sides(config, run)
+    training, validating = captioned_sides(config, run)
+    bad: list[str] = []
     if not train.exists():
-        write_pictures(training, config.resolution, multiple, train)
+        bad += write_pictures(training, config.resolution, multiple, train)
     if not val.exists():
-        write_pictures(held_out, config.resolution, multiple, val, seen=frozenset(Pictures(train).hashes))
-    sizes = {side.name: len(Pictures(side)) for side in (train, val)}
-    print(", ".join(f"{size} pictures in {name}" for name, size in sizes.items()), flush=True)
+        bad += write_pictures(validating, config.resolution, multiple, val, seen=frozenset(Pictures(train).hashes))
+    if bad:
+        run.note(f"{len(bad)} pictures cannot be decoded and were skipped, the first: {bad[0]}")
+    run.note(f"{len(Pictures(train))} pictures to learn from, {len(Pictures(val))} held out")
 
 
 def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], list[Captioned]]:

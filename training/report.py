@@ -319,8 +319,9 @@ def _remarks(story: Story) -> Html:
     remarks = report_tables.remarks(story.evaluation, story.recipe)
     missing = [stage.name for stage in story.stages if stage.state != "done"]
     if missing:
-        command = f"“chatforge train {story.recipe.name}”"
-        remarks.insert(0, f"This run is not finished: {', '.join(missing)} to come. {command} goes on from here.")
+        again = "The “chatforge train” command that began it goes on from here."
+        remarks.insert(0, f"This run is not finished: {', '.join(missing)} to come. {again}")
+    remarks += [f"{stage.name}: {note}" for stage in story.stages for note in Run(story.root, stage.name).notes()]
     absent = [name for name in STAGES if name not in story.recipe.stages and name not in _SIBLINGS]
     if absent and story.recipe.sft:
         remarks.append(f"The recipe leaves out: {', '.join(absent)}.")

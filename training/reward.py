@@ -6,7 +6,7 @@ of a prompt in one batch, as the paper has it. Leaves out: margins, more than on
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def run(config: RewardConfig, run: Run) -> None:
             remove_unused_columns=False,
         ),
         data_collator=RankingCollator(padding.pad_token_id),
-        train_dataset=tokenize(training, tokenizer, max_length),
+        train_dataset=tokenize(training, tokenizer, max_length, run.note),
         processing_class=padding,
         peft_config=peft_config(config.lora, "SEQ_CLS", modules_to_save=["score"]),
     )
@@ -125,7 +125,12 @@ def pair_accuracy(scores: Sequence[torch.Tensor], rankings: Sequence[Sequence[in
 # ---- data
 
 
-def tokenize(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenize(
+    rankings: Sequence[Ranking],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    say: Callable[[str], None] = print,
+) -> Dataset:
     """`completions` ([K] lists of prompt and completion ids) and `ranking` ([K]) of every ranking that has an order.
 
     Completions that do not fit `max_length` leave their ranking. Raises StageError where no ranking is left.
@@ -139,7 +144,7 @@ def tokenize(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, ma
             rows.append({"completions": [c for c, _ in kept], "ranking": [rank for _, rank in kept]})
     if not rows:
         raise StageError(f"reward.max_length={max_length}: none of {len(rankings)} rankings has a pair that fits")
-    print(f"{len(rows)} of {len(rankings)} rankings have an order that fits {max_length} tokens", flush=True)
+    say(f"{len(rows)} of {len(rankings)} rankings have an order that fits {max_length} tokens")
     return Dataset.from_list(rows)
 
 

@@ -38,6 +38,9 @@ class StageInterrupted(RuntimeError):
         self.stopped = stopped
 
 
+NOTES = "notes.txt"  # in a stage's folder: what whoever started it should know
+
+
 @dataclass(frozen=True)
 class Run:
     """One stage inside one run, as every worker of the stage sees it."""
@@ -84,6 +87,21 @@ class Run:
         for name, value in metrics.items():
             writer.add_scalar(f"{self.stage}/{name}", value, step)
         writer.flush()
+
+    def note(self, text: str) -> None:
+        """Something that whoever started the stage should know: told when it is done, and in the report.
+
+        Rank 0 alone keeps it; the same one again is kept once.
+        """
+        print(text, flush=True)
+        line = " ".join(text.split())
+        if not self.rank and line not in self.notes():
+            with (self.folder / NOTES).open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    def notes(self) -> list[str]:
+        path = self.folder / NOTES
+        return path.read_text("utf-8").splitlines() if path.exists() else []
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_jsonl(self._metrics)

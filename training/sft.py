@@ -4,7 +4,7 @@ The loss is on the assistant's tokens alone, its turn end among them. Leaves out
 is trimmed per batch), tools, images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -34,7 +34,7 @@ def run(config: SFTConfig, run: Run) -> None:
     max_length = length_limit(config.max_length, start)
     chats, counts = read_chats(config.chats)
     training, held_out = split(chats, run.seed, run.val_fraction)
-    print(f"chats: {counts}; {len(training)} to learn from, {len(held_out)} held out", flush=True)
+    run.note(f"chats: {counts}; {len(training)} to learn from, {len(held_out)} held out")
     arguments = TRLSFTConfig(
         **trainer_arguments(config, run, config.num_train_epochs),
         max_length=None,  # tokenize() has cut whole turns already
@@ -42,7 +42,7 @@ def run(config: SFTConfig, run: Run) -> None:
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(start, dtype="float32", use_safetensors=True),
         args=arguments,
-        train_dataset=tokenize(training, tokenizer, max_length, template),
+        train_dataset=tokenize(training, tokenizer, max_length, template, run.note),
         eval_dataset=tokenize(held_out[:VAL_CHATS], tokenizer, max_length, template) if held_out else None,
         processing_class=tokenizer,
         peft_config=peft_config(config.lora, "CAUSAL_LM"),
@@ -69,7 +69,11 @@ def training_template(tokenizer: PreTrainedTokenizerBase, start: str) -> str | N
 
 
 def tokenize(
-    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int, template: str | None = None
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> Dataset:
     """`input_ids` and `assistant_masks` of every chat, which loses whole exchanges from its end until it fits.
 
@@ -81,7 +85,7 @@ def tokenize(
     if not rows:
         raise StageError(f"sft.max_length={max_length}: none of {len(chats)} chats fits; raise it or shorten the chats")
     cut = sum(row.pop("is_cut") for row in rows)
-    print(f"{len(rows)} of {len(chats)} chats fit {max_length} tokens, {cut} of them without their end", flush=True)
+    say(f"{len(rows)} of {len(chats)} chats fit {max_length} tokens, {cut} of them without their end")
     return Dataset.from_list(rows)
 
 

@@ -102,8 +102,9 @@ def _prepare(config: TranslationConfig, run: Run) -> HeldOut:
             write_examples(pairs, codec, config.max_length, run.folder / name)
     dropped = sides.dropped | {"longer than max_length": len(sides.training) - len(Examples(run.folder / "train"))}
     sizes = {"learn from": sides.training, "validate on": sides.validation, "test on": sides.test}
-    print("pairs:", ", ".join(f"{len(side)} to {what}" for what, side in sizes.items()))
-    print("left out:", ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none", flush=True)
+    run.note("pairs: " + ", ".join(f"{len(side)} to {what}" for what, side in sizes.items()))
+    if left_out := ", ".join(f"{count} {why}" for why, count in dropped.items() if count):
+        run.note(f"left out: {left_out}")
     return HeldOut(sides.validation, sides.source_script)
 
 

@@ -11,7 +11,7 @@ Leaves out: shuffling between documents (the order of windows is shuffled, the o
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -65,12 +65,11 @@ def tokenize_to_shards(
     sources: Sequence[str],
     tokenizer: "PreTrainedTokenizerFast",
     run: Run,
-    progress: Callable[[int], None] = lambda text_bytes: None,
 ) -> Path:
     """The folder `shards` of the stage: train.bin, val.bin and index.json, which holds both `Side`s.
 
     Returns at once where the folder is there for the same sources, tokenizer and split. One process writes, at the
-    speed of all cores; `progress` is told how many bytes of text are done. Raises DataError as `read_documents` does.
+    speed of all cores. Raises DataError as `read_documents` does.
     """
     folder = run.folder / "shards"
     inputs = {
@@ -82,7 +81,7 @@ def tokenize_to_shards(
         return folder
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     with folder_atomic(folder) as writing, tokenizing_on_all_cores():
-        sides = _write(read_documents(sources), _Encoder(tokenizer, dtype), run, writing, progress)
+        sides = _write(read_documents(sources), _Encoder(tokenizer, dtype), run, writing)
         index = {"inputs": inputs, "dtype": dtype.name, "bos_token_id": tokenizer.bos_token_id, **sides}
         (writing / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return folder
@@ -170,11 +169,9 @@ class _Encoder:
         return [np.array([self._bos, *one.ids], self._dtype) for one in encoded]
 
 
-def _write(
-    documents: Iterator[Document], encode: _Encoder, run: Run, folder: Path, progress: Callable[[int], None]
-) -> dict[str, dict[str, int]]:
+def _write(documents: Iterator[Document], encode: _Encoder, run: Run, folder: Path) -> dict[str, dict[str, int]]:
     """train.bin as it comes; val.bin at the end, when it is known which held-out texts training has too."""
-    train, val, done = Side(), Side(), 0
+    train, val = Side(), Side()
     trained: set[bytes] = set()
     waiting: list[tuple[Document, np.ndarray]] = []
     with (folder / "train.bin").open("wb") as train_file, (folder / "val.bin").open("wb") as val_file:
@@ -186,8 +183,6 @@ def _write(
                 _append(train_file, train, document, ids)
                 if document.key != normalised(document.text):  # else its twins fall on its own side
                     trained.add(digest(document.text))
-            done += sum(len(document.text.encode()) for document in batch)
-            progress(done)
         for document, ids in waiting:
             if digest(document.text) not in trained:
                 trained.add(digest(document.text))
