@@ -26,11 +26,12 @@ _DEFAULT_KNOBS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
-    """What a message must not hold: tokens that are special, or that the chat template marks turns with, also those
-    that have no role of their own in the tokenizer's settings."""
-    template = str(tokenizer.chat_template or "")
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
-    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+    """What a message must not hold: special tokens, also those that have no role of their own in the settings.
+
+    Others that a template knows, as `<think>`, are text that a model itself answers with, and gets back as its turn.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *special]) if token.strip()]
 
 
 class ChatModel:

@@ -177,8 +177,8 @@ def evaluate(
     from services.listing import measures_table
     from training import pipeline
 
-    run = pipeline.run_folder(runs, model)
-    if not (run / "run.json").is_file():
+    run = None if "/" in model else pipeline.run_folder(runs, model)  # a run's name has none
+    if run is None or not (run / "run.json").is_file():
         if not data:
             raise ValueError(
                 f"evaluate {model}: no run of that name in {runs}; for a model folder, name data to measure it on"

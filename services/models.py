@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from chatforge.v1.models_pb2 import (
     MODEL_STATE_FAILED,
@@ -55,7 +56,7 @@ class ModelService:
         state = await application_state(application)
         names = self._models[application]
         if state is State.READY:
-            with suppress(TimeoutError, RayError):  # busy, or gone a moment ago: what is known stays
+            with suppress(TimeoutError, RayError, RayServeException):  # busy, or gone a moment ago: what is known stays
                 await self._ask(application)
         return [self._with_state(name, _STATES[state]) for name in names]
 

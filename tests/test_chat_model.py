@@ -17,8 +17,8 @@ def with_tokens_of_no_role(folder: Path) -> Any:
     """As SmolLM2's `<file_sep>` and Llama 3's `<|start_header_id|>`: special, and named in tokenizer.json alone."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.add_special_tokens(["<file_sep>"])
-    tokenizer.backend_tokenizer.add_tokens(["<header>", "<plain>"])
-    tokenizer.chat_template = "<header>" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = "<think>" + tokenizer.chat_template
     tokenizer.save_pretrained(folder.parent / "more")
     return AutoTokenizer.from_pretrained(folder.parent / "more")
 
@@ -26,8 +26,8 @@ def with_tokens_of_no_role(folder: Path) -> Any:
 def test_all_that_marks_turns_is_a_control_token(tiny_world: TinyWorld, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(tiny_world.tokenizer).save_pretrained(tmp_path / "mine")
     found = control_tokens(with_tokens_of_no_role(tmp_path / "mine"))
-    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>", "<header>"} <= set(found)
-    assert "<plain>" not in found
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>"} <= set(found)
+    assert "<think>" not in found  # a reply with it comes back as the assistant's turn
 
 
 async def test_a_message_with_one_is_refused(tiny_world: TinyWorld) -> None:

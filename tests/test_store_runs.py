@@ -101,6 +101,13 @@ def test_who_looks_at_a_run_takes_nothing_from_it(uri, tiny_world):
     assert losses(run) == [3.0, 2.0]
 
 
+@pytest.mark.parametrize("name", ["/models/mine", "../mine", "runs/mine", ".."])
+def test_a_path_is_no_run_of_a_store(uri, name):
+    """What the store has not is deleted here: of a path, that would be the user's own files."""
+    with pytest.raises(StoreError, match="is no run's name"):
+        pipeline.run_folder(uri, name)
+
+
 def test_a_log_that_cannot_be_sent_hides_nothing(uri, tmp_path, tiny_world, monkeypatch, capsys):
     """The store goes away as a stage fails: it is the stage's own failure that is told."""
     r = recipe(tiny_world)
@@ -130,6 +137,7 @@ def test_the_driver_forgets_what_the_store_has_not(uri, tiny_world):
     run = finish(r, uri, "pretrain")
     open_store(run.store).delete("pretrain/manifest.json")
     assert states(r, uri) == ["new", "new"]
+    mirror.pull_files(run.root, run.store)  # as a training begins
     assert not (run.folder / "manifest.json").exists()
 
 

@@ -49,12 +49,13 @@ def on_each_disk(run: Run, make: Callable[[], T]) -> list[T]:
     """
     made: list[T] = []
     failed: ValueError | None = None
+    patient = _patient() if dist.is_initialized() else None
     if keeps_disk(run):
         try:
             made.append(make())
         except (StageError, StoreError) as error:
             failed = error
-    told = _of_all_ranks((made, failed))
+    told = _of_all_ranks((made, failed), patient)
     if failures := [error for _, error in told if error]:
         raise failures[0]
     return [one for part, _ in told for one in part]
@@ -64,12 +65,13 @@ def on_rank_0(run: Run, make: Callable[[], T]) -> T | None:
     """What `make` returns on rank 0, None elsewhere; for the rest as `on_each_disk`."""
     made: T | None = None
     told: list[ValueError | None] = [None]
+    patient = _patient()
     if run.rank == 0:
         try:
             made = make()
         except (StageError, StoreError) as error:
             told = [error]
-    dist.broadcast_object_list(told, 0, group=_patient(dist.group.WORLD))
+    dist.broadcast_object_list(told, 0, group=patient)
     if told[0]:
         raise told[0]
     return made
@@ -83,19 +85,24 @@ def store_checkpoint(run: Run, step: int, written: Path) -> None:
     on_rank_0(run, lambda: mirror.commit_checkpoint(run, step, index))
 
 
-def _of_all_ranks(mine: T) -> list[T]:
+def _of_all_ranks(mine: T, group: Any) -> list[T]:
     if not dist.is_initialized():
         return [mine]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=_patient(dist.group.WORLD))
+    dist.all_gather_object(gathered, mine, group=group)
     return gathered
 
 
-@functools.cache
-def _patient(world: Any) -> Any:
+def _patient() -> Any:
     """All ranks, for work that one of them does for the others: millions of pictures take longer than a collective may.
 
-    `world` is the group that there is now; all ranks call it.
+    All ranks call it, before that work.
     """
+    return _patient_beside(dist.group.WORLD)
+
+
+@functools.cache
+def _patient_beside(world: Any) -> Any:
+    """One for the group that there is."""
     assert world is dist.group.WORLD
     return dist.new_group(backend="gloo", timeout=PATIENCE)

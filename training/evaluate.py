@@ -34,6 +34,7 @@ from training.recipe import Recipe
 from training.reward import HELD_OUT
 from training.run import Run, StageError, write_atomic
 from training.stats import Estimate, pearson, ratio_and_stderr, spearman
+from training.trainer import length_limit
 from training.verdict import Result, finite, headline, warnings
 
 LANGUAGE_MODELS = ("pretrain", "sft", "ppo")
@@ -118,7 +119,8 @@ def measure_reward(exam: Exam, config: RewardConfig) -> Result:
     sources = config.rankings or [str(rankings_path(exam.run.of("rank")))]
     training, held_out = split(read_rankings(sources), exam.run.seed + 1, HELD_OUT)
     folder, device = str(exam.run.of("reward").model), exam.run.device
-    return {"learnt_from": len(training), **score_rankings(folder, training, held_out, config.max_length, device)}
+    max_length = length_limit(config.max_length, folder)
+    return {"learnt_from": len(training), **score_rankings(folder, training, held_out, max_length, device)}
 
 
 def score_rankings(

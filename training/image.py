@@ -32,6 +32,7 @@ from training import diffusion_math as maths
 from training import zero
 from training.config import ImageConfig
 from training.data.pictures import Pictures
+from training.data.split import normalised
 from training.data.turns import Turns, chance, mine
 from training.ema import Ema
 from training.image_parts import adapted, check_config, components, merge_adapters, save_pipeline
@@ -396,8 +397,8 @@ def _write_sheet(parts: Components, config: ImageConfig, train: Data, val: Data,
     prompts = config.prompts
     captions = list(prompts)
     if not prompts:
-        known = set(train.pictures.captions)
-        unknown = [caption for caption in val.pictures.captions if caption not in known]
+        known = set(map(normalised, train.pictures.captions))
+        unknown = [caption for caption in val.pictures.captions if normalised(caption) not in known]
         sides = [list(dict.fromkeys(captions))[:SHOWN] for captions in (train.pictures.captions, unknown)]
         prompts = [caption for side in sides for caption in side]
         captions = [*sides[0], *(f"held out: {caption}" for caption in sides[1])]

@@ -15,6 +15,7 @@ from serving.image.components import load_components
 from training import fidelity
 from training.config import ImageConfig
 from training.data.pictures import Pictures
+from training.data.split import normalised
 from training.features import features_at_hand, image_features
 from training.image import drawn, params_of
 from training.run import Run
@@ -67,7 +68,8 @@ def measure_image(folder: str, config: ImageConfig, run: Run, num_drawings: int)
 def chosen_captions(train: Sequence[str], val: Sequence[str], count: int) -> tuple[list[str], list[str]]:
     """(trained, held out): spread evenly over what there is, so that nobody picks them."""
     trained = list(dict.fromkeys(train))
-    held_out = [caption for caption in dict.fromkeys(val) if caption not in set(trained)]
+    known = set(map(normalised, trained))
+    held_out = [caption for caption in dict.fromkeys(val) if normalised(caption) not in known]
     few = min(len(held_out), max(1, count // HELD_OUT_SHARE))
     many = min(len(trained), max(1, count - few))
     return [trained[i] for i in _spread(len(trained), many)], [held_out[i] for i in _spread(len(held_out), few)]

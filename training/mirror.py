@@ -45,6 +45,8 @@ def locate(runs: str | Path, name: str, kind: str = WRITTEN) -> tuple[Path, str 
     """
     if not is_uri(str(runs)):
         return Path(runs) / name, None
+    if Path(name).name != name:
+        raise StoreError(f"{runs}: {name!r} is no run's name, which is a single word")
     scheme, _, rest = str(runs).partition("?")[0].partition("://")
     return cache_folder().resolve() / kind / scheme / rest.strip("/") / name, join(str(runs), name)
 
@@ -79,6 +81,8 @@ def pull_samples(root: Path, uri: str | None) -> None:
     for stage in store.folders():
         if "samples" in store.list(stage):
             store.pull(f"{stage}/samples", root / stage / "samples")
+        else:  # those of a training before this one
+            shutil.rmtree(root / stage / "samples", ignore_errors=True)
 
 
 def write_file(root: Path, uri: str | None, name: str, text: str) -> None:

@@ -61,7 +61,8 @@ def training_template(tokenizer: PreTrainedTokenizerBase, start: str) -> str | N
             f"sft.model={start}: its tokenizer has no chat template, so nothing says where a turn ends; start from a "
             "chat model, or put a chat_template.jinja with {% generation %} marks into a copy of the folder"
         )
-    tokenizer.chat_template = tokenizer.chat_template.replace(CHATML, CHATML_MARKED)
+    if isinstance(tokenizer.chat_template, str):  # else there are several, by name
+        tokenizer.chat_template = tokenizer.chat_template.replace(CHATML, CHATML_MARKED)
     try:
         return get_training_chat_template(tokenizer)
     except ValueError as error:
