@@ -65,8 +65,8 @@ def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrain
     }
     rollouts: Rollouts | RemoteRollouts
     if config.rollout_engines:
-        made_of = policy.config, policy.generation_config, tokenizer
-        rollouts = RemoteRollouts(models.policy.module, engines, params, *made_of, **size)
+        ends = policy.generation_config
+        rollouts = RemoteRollouts(models.policy.module, engines, params, policy.config, ends, tokenizer, **size)
     else:
         sampled = models.policy.module if copy is None else copy.to(models.policy.device)
         rollouts = Rollouts(models.policy.module, sampled, TorchEngine(sampled, tokenizer, **size), params)
