@@ -45,7 +45,7 @@ def locate(runs: str | Path, name: str, kind: str = WRITTEN) -> tuple[Path, str 
     """
     if not is_uri(str(runs)):
         return Path(runs) / name, None
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise StoreError(f"{runs}: {name!r} is no run's name, which is a single word")
     scheme, _, rest = str(runs).partition("?")[0].partition("://")
     return cache_folder().resolve() / kind / scheme / rest.strip("/") / name, join(str(runs), name)
