@@ -38,6 +38,7 @@ def folder(tmp_path_factory, tiny_world):
     folder = tmp_path_factory.mktemp("stages")
     write_data(folder)
     recipe = nano(tiny_world, folder)
+    recipe["translation"]["pairs"] = [str(folder / "pairs.tsv")]  # a node has not the driver's working directory
     (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     long = recipe["pretrain"] | {"tokens": 8 * 128 * STEPS, "checkpoint_every": 10**6, "eval_every": 10**6}
     short = {key: recipe[key] for key in ("name", "seed", "val_fraction", "tokenizer")} | {"pretrain": long}
