@@ -263,6 +263,14 @@ def test_of_runs_that_want_the_same_latents_one_makes_them(make_run, tmp_path):
     assert len(made) == 1 and (cached(run, "latents", ["x"], write) / "it").exists()
 
 
+def test_captions_that_are_cut_are_counted(make_run):
+    config, run = make_run(max_caption_tokens=4)
+    image._prepare(config, run)
+    (note,) = (note for note in run.notes() if "captions are cut" in note)
+    cut, of = (int(number) for number in note.split(" captions")[0].split(" of "))
+    assert 0 < cut <= of == 13 and note.endswith("to 4 tokens")
+
+
 def test_a_pixart_of_1024_pixels_is_told_its_size_in_training_too(make_run, tmp_path):
     folder = tiny_folder(tmp_path / "start", family="pixart")
     config = json.loads((folder / "transformer" / "config.json").read_text())

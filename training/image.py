@@ -134,10 +134,10 @@ class Data:
         folder = cached(run, "latents", parents, lambda to: _write_latents(self.pictures, parts, to))
         self._latents = np.load(folder / "latents.npy", mmap_mode="r")
         self._captions = ["", *dict.fromkeys(self.pictures.captions)]
-        limit = parts.prompt_tokens
-        cut = sum(len(parts.tokenizer(caption).input_ids) > limit for caption in self._captions)
-        if cut and side == "train":
-            run.note(f"{cut} of {len(self._captions) - 1} captions are cut to {limit} tokens, image.max_caption_tokens")
+        if side == "train" and not run.rank:
+            limit = parts.prompt_tokens
+            if cut := sum(len(ids) > limit for ids in parts.tokenizer(self._captions).input_ids):
+                run.note(f"{cut} of {len(self._captions) - 1} captions are cut to {limit} tokens")
         self._row = {caption: row for row, caption in enumerate(self._captions)}
         tokens = _tokens(parts, self._captions)
         self._ids, self._mask = tokens["input_ids"], tokens["attention_mask"]
