@@ -186,7 +186,7 @@ WRONG_ARRAYS = {
     "another name": ({"pictures": TWO["images"]}, LINE * 2, r"x\.npz: has no array `images`"),
     "floats": ({"images": np.zeros((2, 4, 4, 3))}, LINE * 2, r"images: must be uint8 .* not float64 \(2, 4, 4, 3\)"),
     "grey": ({"images": np.zeros((2, 4, 4), np.uint8)}, LINE * 2, r"images: must be uint8 .* not uint8 \(2, 4, 4\)"),
-    "pickled": ({"images": np.array([print], object)}, LINE * 2, r"x\.npz: has no array `images` that can be read"),
+    "pickled": ({"images": np.array([{}], object)}, LINE * 2, r"x\.npz: has no array `images` that can be read"),
 }
 
 
