@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
+NETNS = Path("/etc/netns")  # what `ip netns exec` puts in the place of files in /etc
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -59,6 +60,7 @@ class Cluster:
     token: str
     nodes: list[Node] = field(default_factory=list)
     subnet: str | None = None  # "10.77.3" where nodes have namespaces
+    disk: Path | None = None  # a folder that each node has for itself alone
 
     @property
     def address(self) -> str:
@@ -80,8 +82,16 @@ class Cluster:
 
     def command(self, index: int) -> list[str]:
         """Words to put before a command so that it runs on node `index`."""
-        namespace = self.nodes[index].namespace
-        return ["ip", "netns", "exec", namespace] if namespace else []
+        return self._enter(self.nodes[index].namespace, index)
+
+    def _enter(self, namespace: str | None, index: int) -> list[str]:
+        enter = ["ip", "netns", "exec", namespace] if namespace else []
+        if self.disk:
+            own = self.scratch / f"disk-{index}"
+            own.mkdir(exist_ok=True)
+            mount = 'mount --bind "$0" "$1"; shift; exec "$@"'  # seen by this command and what it starts
+            enter += ["sh", "-ec", mount, str(own), str(self.disk)]
+        return enter
 
     def add(self, cpus: int = 1) -> int:
         """Join one more node; returns its index when the head has seen it."""
@@ -142,7 +152,7 @@ class Cluster:
             settings |= {"dashboard-agent-listen-port": _free_port()}
         words = [f"--{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
-        enter = ["ip", "netns", "exec", namespace] if namespace else []
+        enter = self._enter(namespace, index)
         path = f"{ROOT}:{ROOT / 'proto'}"
         environment = {**_clean(), **_ENVIRONMENT, **self._auth, "PYTHONPATH": path}
         log = (self.scratch / f"node-{index}.log").open("ab")
@@ -160,6 +170,9 @@ class Cluster:
         namespace, ip = f"{self._name}-{index}", f"{self.subnet}.{index + 2}"
         if namespace not in _ip("netns", "list").split():
             outside, inside = f"{self._name}v{index}", "eth0"
+            (NETNS / namespace).mkdir(parents=True, exist_ok=True)
+            # torch asks for the name of every address; a name server that cannot be reached costs it ten seconds.
+            (NETNS / namespace / "resolv.conf").write_text("nameserver 127.0.0.1\n")
             _ip("netns", "add", namespace)
             _ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", namespace)
             _ip("link", "set", outside, "master", self._name)
@@ -213,17 +226,23 @@ class Cluster:
         for node in self.nodes:
             if node.namespace:
                 _ip("netns", "delete", node.namespace)
+                shutil.rmtree(NETNS / node.namespace)
         if self.subnet:
             _ip("link", "delete", self._name)
+            with suppress(OSError):  # others are there
+                NETNS.rmdir()
 
 
 @contextmanager
-def cluster(nodes: int = 2, cpus: int = 1, dashboard: bool = False) -> Iterator[Cluster]:
-    """`nodes` Ray nodes with `cpus` each; afterwards no process, namespace or file of theirs is left."""
+def cluster(nodes: int = 2, cpus: int = 1, dashboard: bool = False, disk: Path | None = None) -> Iterator[Cluster]:
+    """`nodes` Ray nodes with `cpus` each; afterwards no process, namespace or file of theirs is left.
+
+    With `disk`, what they write below that folder each sees alone: needs namespaces.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="cf"))  # Ray's sockets live there: the path must stay short
     (scratch / "port").write_text(str(_free_port()))
     subnet = _bridge()
-    made = Cluster(scratch, "", secrets.token_hex(16), subnet=subnet)
+    made = Cluster(scratch, "", secrets.token_hex(16), subnet=subnet, disk=disk)
     if dashboard:
         made.dashboard = f"http://{subnet}.2:{DASHBOARD_PORT}" if subnet else f"http://127.0.0.1:{_free_port()}"
     try:

@@ -71,12 +71,12 @@ class S3:
 
 
 @contextmanager
-def s3_server(log: Path) -> Iterator[S3]:
+def s3_server(log: Path, host: str = "127.0.0.1") -> Iterator[S3]:
     port = zero._free_port()
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    words = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     with log.open("wb") as file:
         server = subprocess.Popen(words, stdout=file, stderr=file)
-    s3 = S3(f"http://127.0.0.1:{port}")
+    s3 = S3(f"http://{host}:{port}")
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

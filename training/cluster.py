@@ -39,6 +39,7 @@ _RAY = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a recipe's relative paths are those of where the command was given
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # so late is a stage seen to be done
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
 
