@@ -135,12 +135,12 @@ def runs(
 ) -> None:
     """What there is in runs/: stages, their state, their final metrics."""
     from services.listing import runs_table, stages_table
-    from training import pipeline
+    from training.runs import describe_run, list_runs, run_folder
 
     if name:
-        show(stages_table(pipeline.describe_run(pipeline.run_folder(runs, name))))
+        show(stages_table(describe_run(run_folder(runs, name))))
     else:
-        show(runs_table(pipeline.list_runs(runs)))
+        show(runs_table(list_runs(runs)))
 
 
 @app.command()
@@ -176,8 +176,9 @@ def evaluate(
     """What a run's models are worth on its held-out data, or a model folder on data of yours."""
     from services.listing import measures_table
     from training import pipeline
+    from training.runs import describe_run, run_folder
 
-    run = None if "/" in model else pipeline.run_folder(runs, model)  # a run's name has none
+    run = None if "/" in model else run_folder(runs, model)  # a run's name has none
     if run is None or not (run / "run.json").is_file():
         if not data:
             raise ValueError(
@@ -197,7 +198,7 @@ def evaluate(
     if recipe.evaluate is None:
         recipe = recipe.model_copy(update={"evaluate": EvaluateConfig()})
     pipeline.train(recipe, runs, only="evaluate", say=typer.echo)
-    show(measures_table(pipeline.describe_run(pipeline.run_folder(runs, model))["stages"]["evaluate"]["metrics"]))
+    show(measures_table(describe_run(run_folder(runs, model))["stages"]["evaluate"]["metrics"]))
 
 
 @app.command("import")
@@ -389,7 +390,7 @@ def _typed(words: list[str]) -> str:
 
 
 def _run_folder(run: str, runs: str, samples: bool = False) -> Path:
-    from training.pipeline import run_folder
+    from training.runs import run_folder
 
     folder = run_folder(runs, run, samples)
     if not (folder / "run.json").is_file():

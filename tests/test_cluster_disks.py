@@ -1,6 +1,6 @@
 """Runs in a store over several Ray nodes, each with a disk of its own: what one writes no other sees but by the store.
 
-The last test takes minutes, so it is asked for: KILL=rest.
+Ten minutes, so it is asked for: KILL=rest.
 """
 
 import os
@@ -19,7 +19,10 @@ from training.run import Run
 from training.store import open_store
 
 WAIT = 240  # seconds for one thing to happen, on a busy machine
-asked = pytest.mark.skipif(os.environ.get("KILL") != "rest", reason="takes minutes: KILL=rest asks for it")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("KILL") != "rest", reason="takes ten minutes: KILL=rest asks for it"),
+    pytest.mark.timeout(3000),
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +48,23 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(cluster, tmp_path_factory, tiny_world):
-    """Recipes that name everything they read by a URI."""
+    """Where the recipe is, which names everything it reads by a URI."""
     folder = tmp_path_factory.mktemp("recipes")
     write_data(folder)
     store = open_store("s3://shared/data")
     here = {path.name: path for path in (tiny_world.corpus, tiny_world.chats, tiny_world.rankings, tiny_world.prompts)}
     for name, path in (here | {path.name: path for path in folder.iterdir()}).items():
         store.write(name, path.read_bytes())
-    recipe = nano(tiny_world, folder) | {"name": "all"}
+    recipe = nano(tiny_world, folder)
     for stage in (stage for stage in recipe.values() if isinstance(stage, dict)):
         for key in {"text", "chats", "rankings", "prompts", "pairs", "images"} & set(stage):
             stage[key] = [f"s3://shared/data/{source.rpartition('/')[2]}" for source in stage[key]]
-    (folder / "all.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
-    short = {key: recipe[key] for key in ("seed", "val_fraction", "tokenizer", "pretrain")} | {"name": "short"}
-    (folder / "short.yaml").write_text(yaml.safe_dump(short), "utf-8")
+    (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     return folder
 
 
-def start(folder, recipe, run, runs, before=(), env=None):
-    words = ["train", recipe, "--run", run, "--runs", runs, "--workers", "2"]
+def start(folder, run, runs, before=(), env=None):
+    words = ["train", "nano.yaml", "--run", run, "--runs", runs, "--workers", "2"]
     log = (folder / f"{run}.log").open("a")
     command = [*before, sys.executable, "-m", "services.cli", *words]
     return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -77,52 +78,39 @@ def finish(process, folder, run):
     assert process.wait(3 * WAIT) == 0, said(folder, run)[-3000:]
 
 
-def wait_for_step(cluster, folder, run, stage, step, process):
+def wait_for_step(cluster, folder, stage, step, process):
     """The disk of the first worker's node shows it: the store learns of it later."""
 
     def taken():
-        roots = cluster.scratch.glob(f"disk-*/cache/runs/s3/shared/runs/{run}")
+        roots = cluster.scratch.glob("disk-*/cache/runs/s3/shared/runs/killed")
         return any(line["step"] >= step for root in roots for line in Run(root, stage).metrics())
 
     deadline = time.monotonic() + WAIT
     while not taken():
-        assert process.poll() is None and time.monotonic() < deadline, said(folder, run)[-3000:]
+        assert process.poll() is None and time.monotonic() < deadline, said(folder, "killed")[-3000:]
         time.sleep(0.02)
 
 
-def kill_in(stages, cluster, folder, recipe, tmp_path):
-    """A run on two nodes of which one is lost in every one of `stages`, and another joins with an empty disk."""
-    name = recipe.removesuffix(".yaml")
-    undisturbed = start(folder, recipe, name, str(tmp_path))
-    finish(undisturbed, folder, name)
+def test_in_every_stage_a_node_is_lost_with_its_disk(cluster, folder, tmp_path):
+    """And another joins, whose disk is empty: the numbers are those of two workers in a folder, undisturbed."""
+    finish(start(folder, "undisturbed", str(tmp_path)), folder, "undisturbed")
     chance, workers = random.Random(time.time()), [1, 2]
-    process = start(folder, recipe, f"killed-{name}", "s3://shared/runs", cluster.command(0), cluster.env)
-    for stage in stages:
+    process = start(folder, "killed", "s3://shared/runs", cluster.command(0), cluster.env)
+    for stage in TRAINED:
         step, node = chance.randint(5, 12), chance.choice(workers)
         print(f"{stage}: node {node} at step {step}")
-        wait_for_step(cluster, folder, f"killed-{name}", stage, step, process)
+        wait_for_step(cluster, folder, stage, step, process)
         cluster.kill(node)
         workers.remove(node)
         workers.append(cluster.add(1))
-    finish(process, folder, f"killed-{name}")
-    assert said(folder, f"killed-{name}").count("a worker died") == len(stages)
-    there = open_store(f"s3://shared/runs/killed-{name}")
-    for stage in stages:
+    finish(process, folder, "killed")
+    assert said(folder, "killed").count("a worker died") == len(TRAINED)
+    there = open_store("s3://shared/runs/killed")
+    for stage in TRAINED:
         run = Run(tmp_path / "killed", stage)
         run.folder.mkdir(parents=True)
         (run.folder / "metrics.jsonl").write_bytes(there.read(f"{stage}/metrics.jsonl"))
-        killed, whole = trajectory(tmp_path / "killed", stage), trajectory(tmp_path / name, stage)
+        killed, whole = trajectory(tmp_path / "killed", stage), trajectory(tmp_path / "undisturbed", stage)
         assert [set(line) for line in killed] == [set(line) for line in whole]
         for one, other in zip(killed, whole, strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-3), stage
-
-
-@pytest.mark.timeout(900)
-def test_a_node_is_lost_with_its_disk(cluster, folder, tmp_path):
-    kill_in(["pretrain"], cluster, folder, "short.yaml", tmp_path)
-
-
-@asked
-@pytest.mark.timeout(3000)
-def test_in_every_stage_a_node_is_lost_with_its_disk(cluster, folder, tmp_path):
-    kill_in(TRAINED, cluster, folder, "all.yaml", tmp_path)

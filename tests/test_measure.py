@@ -11,6 +11,7 @@ from serving.engine.api import SamplingParams
 from training import measure, pretrain, zero
 from training.data.rankings import read_rankings
 from training.data.text import Document, PackedTokens, tokenize_to_shards
+from training.reward import fitting
 from training.run import Run
 from training.tokenizer import encode_completion, encode_prompt
 
@@ -120,10 +121,10 @@ def test_what_is_too_long_for_the_reward_model_leaves_its_ranking(tiny_world, ll
     ]
     assert len(set(lengths)) == 4
     second_longest = sorted(lengths)[-2]
-    [kept] = measure.fitting([ranking], tokenizer, second_longest)
+    [kept] = fitting([ranking], tokenizer, second_longest)
     assert len(kept.completions) == 3 and ranking.completions[lengths.index(max(lengths))] not in kept.completions
-    assert measure.fitting([ranking], tokenizer, min(lengths)) == []
-    assert measure.fitting([replace(ranking, ranks=[1, 1, 1, 1])], tokenizer, 10_000) == []
+    assert fitting([ranking], tokenizer, min(lengths)) == []
+    assert fitting([replace(ranking, ranks=[1, 1, 1, 1])], tokenizer, 10_000) == []
 
 
 def test_a_pass_holds_no_more_than_some_thousand_tokens():

@@ -10,6 +10,7 @@ from training.config import ConfigError
 from training.data.records import DataError
 from training.recipe import Recipe
 from training.run import StageError, save_model, write_atomic
+from training.runs import describe_run
 
 
 @pytest.fixture
@@ -178,9 +179,33 @@ def test_an_unknown_stage_is_refused(world):
         pipeline.train(recipe(world), world / "runs", only="ppo")
 
 
+def test_a_stage_alone_is_refused_while_what_it_reads_is_not_there(world):
+    """It went to a worker, which found no model, and was restarted three times."""
+    with pytest.raises(ConfigError, match="--stage sft: needs pretrain, not done in run 'r'"):
+        pipeline.train(recipe(world), world / "runs", only="sft")
+
+
+def test_more_memory_for_a_pass_makes_nothing_stale(world):
+    """A run that went out of memory is told to go on with less, from where it was."""
+    r = recipe(world)
+    finish_all(r, world)
+    changed = {f"{stage}__micro_batch_size": 4 for stage in ("pretrain", "sft")}
+    assert set(states(recipe(world, **changed), world).values()) == {"done"}
+
+
+def test_a_rollout_is_shared_out_to_its_mini_batches(world):
+    """The plan counted as if a rollout were one optimiser step, and refused what divides."""
+    ppo = {"prompts": ["p"], "total_episodes": 480, "batch_size": 48, "micro_batch_size": 32, "num_mini_batches": 4}
+    r = recipe(world, ppo=ppo, reward={"rankings": ["r"]})
+    expected = "10 rollouts × 48 (workers 1 × mini-batches 4 × micro 12 × accumulation 1) episodes, 160 optimiser steps"
+    assert pipeline.derived(r, "ppo") == expected
+    with pytest.raises(ConfigError, match=r"^ppo: batch_size=48 .* num_mini_batches × .* = 5 × 4 × 2 = 40; change one"):
+        pipeline.derived(r.model_copy(update={"workers": 5}), "ppo")
+
+
 def test_an_unknown_run_is_refused(world):
     with pytest.raises(StageError, match="run 'nothing' not found"):
-        pipeline.describe_run(world / "runs" / "nothing")
+        describe_run(world / "runs" / "nothing")
 
 
 def test_what_a_person_ranked_outlives_its_stage(world, monkeypatch):
@@ -211,7 +236,7 @@ def test_a_stage_ends_well_where_there_is_no_git(world, monkeypatch):
 def test_a_manifest_says_where_a_model_came_from(world):
     r = recipe(world)
     finish_all(r, world)
-    stages = pipeline.describe_run(world / "runs" / "r")["stages"] if write_run(r, world) else {}
+    stages = describe_run(world / "runs" / "r")["stages"] if write_run(r, world) else {}
     assert stages["sft"]["identity"]["parents"]["pretrain"] == stages["pretrain"]["output"]
     assert {"torch", "transformers", "trl", "deepspeed"} <= stages["sft"]["versions"].keys()
 

@@ -33,7 +33,7 @@ from training import zero
 from training.config import ConfigError, LoraConfig, PPOConfig
 from training.ppo import build, run
 from training.ppo_models import Episodes, RewardModel, Scorer, action_logits, logprobs, state_values
-from training.ppo_trainer import Experience, PPOArguments, PPOModels, PPOTrainer
+from training.ppo_trainer import Experience, PPOModels, PPOTrainer
 from training.run import Run, StageError
 
 Build = Callable[..., PPOTrainer]
@@ -206,7 +206,7 @@ def test_the_critic_is_the_reward_model_at_step_0(make: Build, tiny_world: TinyW
 def test_sampler_and_trainer_agree_on_logprobs(make: Build, extra: dict[str, Any]) -> None:
     """After an update too. The engine's are of the model's own distribution; at a temperature the logits are scaled."""
     trainer = make(contains, learning_rate=1e-2, **extra)
-    temperature = trainer.args.temperature
+    temperature = trainer.config.temperature
     assert trainer.step(1)["approx_kl"] > 1e-3
     trainer.rollouts.refresh()
     prompts, seeds = trainer.next_prompts(1)
@@ -330,6 +330,14 @@ def test_a_killed_run_goes_on_as_if_undisturbed(make: Build, tmp_path: Path, ext
     assert numbers(broken) == numbers(whole)
 
 
+def test_the_last_rollout_leaves_no_checkpoint(make: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves the model: policy, critic and both optimisers were written, sent, and deleted at once."""
+    saved: list[int] = []
+    monkeypatch.setattr(PPOTrainer, "save_checkpoint", lambda self, rollout: saved.append(rollout))
+    make(constant, total_episodes=48, checkpoint_every=1, num_ppo_epochs=1).train()
+    assert saved == [1, 2]
+
+
 def test_the_stage_leaves_a_model_folder(tiny_world: TinyWorld, tmp_path: Path) -> None:
     AcceleratorState._reset_state()
     stage = Run(tmp_path / "run", "ppo")
@@ -354,9 +362,9 @@ def test_the_stage_leaves_a_model_folder(tiny_world: TinyWorld, tmp_path: Path) 
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_name(make: Build) -> None:
-    with pytest.raises(ConfigError, match=r"ppo.batch_size=16 .* num_mini_batches = 1 × 3"):
+    with pytest.raises(ConfigError, match=r"^batch_size=16 .* num_mini_batches × .* = 1 × 3 × 5"):
         make(num_mini_batches=3)
-    with pytest.raises(ConfigError, match=r"ppo.micro_batch_size=3 .* = 8"):
+    with pytest.raises(ConfigError, match=r"^batch_size=16 .* micro_batch_size = 1 × 2 × 3 = 6; change"):
         make(micro_batch_size=3)
 
 
@@ -510,10 +518,9 @@ def trl112_trainer(recorded: dict[str, np.ndarray], folder: Path, micro_batch_si
     )
     run = Run(folder / "trl112", "ppo")
     run.folder.mkdir(parents=True)
-    step = config.mini_batch(run.workers)
 
     def engine(model: nn.Module) -> Any:
-        return zero.initialize(model, step, run, torch.optim.SGD(model.parameters(), lr=trl112.LEARNING_RATE))
+        return zero.initialize(model, config, run, torch.optim.SGD(model.parameters(), lr=trl112.LEARNING_RATE))
 
     models = PPOModels(
         policy=engine(parts["policy"]),
@@ -523,6 +530,6 @@ def trl112_trainer(recorded: dict[str, np.ndarray], folder: Path, micro_batch_si
     )
     prompts, completions = trl112.episodes()
     replay: Any = Replay(completions.tolist())
-    trainer = PPOTrainer(PPOArguments.of(config, run), run, models, replay, prompts, trl112.tokenizer())
+    trainer = PPOTrainer(config, run, models, replay, prompts, trl112.tokenizer())
     trainer.next_prompts = lambda rollout: (prompts, [])  # type: ignore[method-assign]
     return trainer

@@ -19,7 +19,9 @@ from training.run import Run, StageError, read_jsonl
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(rank, "MIN_STOP_RATE", 0.0)  # random weights hardly ever end a turn
-    return Run(tmp_path / "demo", "rank", seed=1, val_fraction=0.2)
+    run = Run(tmp_path / "demo", "rank", seed=1, val_fraction=0.2)
+    run.folder.mkdir(parents=True)
+    return run
 
 
 def config(tiny_world, **changes) -> RankConfig:
@@ -43,8 +45,9 @@ def test_prompts_are_distinct_of_the_training_side_and_shuffled_by_the_seed(tiny
 
 def test_prompts_that_leave_no_room_are_passed_over(tiny_world, stage):
     short = choose_prompts(config(tiny_world), stage, lambda prompt: len(prompt.identity) < 15)
+    assert f"and {len(short)} of them leave room for a completion" in "".join(stage.notes())
     assert short and all(len(prompt.identity) < 15 for prompt in short)
-    with pytest.raises(DataError, match="no prompt leaves room for 6 new tokens"):
+    with pytest.raises(DataError, match=r"none of 17 prompts leaves room for rank.max_new_tokens=6"):
         choose_prompts(config(tiny_world), stage, lambda prompt: False)
 
 
@@ -98,7 +101,6 @@ def test_an_unknown_judge_is_named():
 @pytest.fixture
 def sampled(stage):
     """Three prompts of three completions, waiting for a person."""
-    stage.folder.mkdir(parents=True)
     lines = [
         {"id": f"k{i}", "prompt": [{"role": "user", "content": f"Question {i}?"}], "completions": ["x", "y\nz", ""]}
         for i in range(3)

@@ -47,9 +47,10 @@ def test_ranking_loss_is_the_papers_sum(ranking):
     assert reward.ranking_loss(scores, torch.tensor(ranking)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pair_accuracy_counts_pairs_that_are_not_tied():
-    scores = [torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 0.0])]
-    assert reward.pair_accuracy(scores, [[1, 3, 3], [1, 2]]) == pytest.approx((2 + 0.5) / 3)
+def test_ties_are_no_pairs_and_equal_scores_half_right():
+    assert reward.pairs_right(torch.tensor([3.0, 2.0, 1.0]), [1, 3, 3]) == (2.0, 2)
+    assert reward.pairs_right(torch.tensor([0.0, 0.0]), [1, 2]) == (0.5, 1)
+    assert reward.pairs_right(torch.tensor([0.0, 1.0]), [1, 2]) == (0.0, 1)
 
 
 def test_it_starts_at_ln_2_and_learns_the_order(make_run):
@@ -69,7 +70,7 @@ def test_the_folder_scores_as_the_card_says(make_run, tiny_world):
     model = AutoModelForSequenceClassification.from_pretrained(run.model)
     _, held_out = reward.split(read_rankings([str(tiny_world.rankings)]), run.seed + 1, reward.HELD_OUT)
     with torch.no_grad():
-        ids = [c for row in reward.tokenize(held_out, tokenizer, 256) for c in row["completions"]]
+        ids = [c for row in reward.tokenize(held_out, tokenizer) for c in row["completions"]]
         scores = torch.tensor([model(torch.tensor([c])).logits.item() for c in ids])
     card = json.loads((run.model / "chatforge.json").read_text())
     assert card["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
@@ -87,7 +88,7 @@ def test_a_turns_end_that_is_also_the_pad_is_what_is_scored(make_run, tmp_path, 
     config, run = make_run(model=str(start))
     reward.run(config, run)
     _, held_out = reward.split(read_rankings([str(tiny_world.rankings)]), run.seed + 1, reward.HELD_OUT)
-    ids = [c for row in reward.tokenize(held_out, tokenizer, 256) for c in row["completions"]]
+    ids = [c for row in reward.tokenize(held_out, tokenizer) for c in row["completions"]]
     assert {c[-1] for c in ids} == {tokenizer.eos_token_id}
     scorer = load_scorer(str(run.model)).eval()
     with torch.no_grad():
@@ -118,6 +119,27 @@ def test_a_reward_at_chance_stops_the_run(make_run, tmp_path, tiny_world):
     with pytest.raises(StageError, match="chance"):
         reward.run(config, run)
     assert not run.model.exists()
+
+
+def test_chance_is_reckoned_with_the_pairs_that_are_not_tied(make_run, tmp_path, tiny_world):
+    """Those that tie were counted too, which made chance look narrower than it is."""
+    records = [json.loads(line) for line in tiny_world.rankings.read_text().splitlines()]
+    for number, record in enumerate(records):
+        record["ranking"] = random.Random(number).sample([1, 2, 2, 2], 4)
+    tied = tmp_path / "tied.jsonl"
+    tied.write_text("".join(json.dumps(r) + "\n" for r in records))
+    config, run = make_run(rankings=[str(tied)], num_train_epochs=0.2, learning_rate=1e-9)
+    held_out = reward.split(read_rankings([str(tied)]), run.seed + 1, reward.HELD_OUT)[1]
+    with pytest.raises(StageError, match=rf"of {3 * len(held_out)} held-out pairs"):
+        reward.run(config, run)
+
+
+def test_a_name_that_is_no_model_is_told_by_its_field(make_run, tmp_path):
+    """As a mistake: a crash is tried again three times."""
+    (tmp_path / "empty").mkdir()
+    config, run = make_run(model=str(tmp_path / "empty"))
+    with pytest.raises(StageError, match=r"reward\.model=.*/empty: .*; correct the name, or give a model folder"):
+        reward.run(config, run)
 
 
 def test_padding_does_not_change_a_reward(tiny_world):

@@ -1,5 +1,8 @@
 """Supervised fine-tuning in one process, on a real DeepSpeedEngine."""
 
+import json
+import re
+
 import pytest
 import torch
 from conftest import losses
@@ -8,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training import sft, zero
 from training.config import SFTConfig
 from training.data.chats import Chat, read_chats
+from training.pretrained import length_limit
 from training.run import Run, StageError
 from training.tokenizer import CHATML
-from training.trainer import length_limit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +83,7 @@ def test_lora_is_merged_in_the_export(make_run, tiny_world):
 def test_only_the_assistants_tokens_teach_and_its_turn_end_among_them(tiny_world):
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
     chat = Chat([{"role": "user", "content": "What is tea?"}, {"role": "assistant", "content": "It is tea."}], key="k")
-    (row,) = sft.tokenize([chat], tokenizer, 256)
+    [row], _ = sft.tokenize([chat], tokenizer, 256)
     taught = [i for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
     assert tokenizer.decode(taught) == "It is tea.<|im_end|>"
 
@@ -88,30 +91,53 @@ def test_only_the_assistants_tokens_teach_and_its_turn_end_among_them(tiny_world
 def test_a_long_chat_loses_whole_exchanges(tiny_world):
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
     chats = [chat for chat in read_chats([str(tiny_world.chats)])[0] if len(chat.messages) == 4]
-    (short,) = sft.tokenize([Chat(chats[0].messages[:2], key="k")], tokenizer, 256)
-    (cut,) = sft.tokenize(chats[:1], tokenizer, len(short["input_ids"]) + 3)
-    assert cut == short
+    [short], _ = sft.tokenize([Chat(chats[0].messages[:2], key="k")], tokenizer, 256)
+    assert sft.tokenize(chats[:1], tokenizer, len(short["input_ids"]) + 3) == ([short], 1)
 
 
-def test_chats_that_do_not_fit_are_refused(tiny_world):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
+def test_chats_that_do_not_fit_are_refused(make_run):
+    config, run = make_run(max_length=4)
     with pytest.raises(StageError, match=r"max_length=4: none of \d+ chats fits"):
-        sft.tokenize(read_chats([str(tiny_world.chats)])[0], tokenizer, 4)
+        sft.run(config, run)
 
 
-def test_what_does_not_fit_is_counted(tiny_world, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_world.tokenizer)
-    chats = [chat for chat in read_chats([str(tiny_world.chats)])[0] if len(chat.messages) == 4][:3]
-    (whole,) = sft.tokenize(chats[:1], tokenizer, 256)
-    assert "1 of 1 chats fit 256 tokens, 0 of them without their end" in capsys.readouterr().out
-    sft.tokenize(chats[:1], tokenizer, len(whole["input_ids"]) - 1)
-    assert "1 of 1 chats fit" in (said := capsys.readouterr().out) and "1 of them without their end" in said
+def test_what_does_not_fit_is_told_and_a_held_out_side_may_be_empty_of_it(make_run, tmp_path, tiny_world):
+    """Training could begin, and was refused for the one long chat that was held out."""
+    chats = [json.loads(line) for line in tiny_world.chats.read_text().splitlines()]
+    _, held_out = sft.split(read_chats([str(tiny_world.chats)])[0], 3, 0.1)
+    long = {chat.messages[0]["content"] for chat in held_out}
+    for chat in chats:
+        if chat["messages"][0]["content"] in long:
+            chat["messages"][1]["content"] *= 40
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    config, run = make_run(chats=[str(tmp_path / "long.jsonl")], num_train_epochs=0.2)
+    sft.run(config, run)
+    notes = "\n".join(run.notes())
+    assert "none of the chats held out fits 256 tokens: there is no validation loss" in notes
+    assert re.search(r"(\d+) of \1 chats fit 256 tokens, 0 of them without their end", notes)
+
+
+def test_less_memory_a_pass_goes_on_with_the_same_losses(make_run):
+    config, undisturbed = make_run("undisturbed")
+    sft.run(config, undisturbed)
+    log, (_, stopped) = Run.log, make_run("stopped")
+
+    def die(self, step, total, **metrics):
+        log(self, step, total, **metrics)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "log", die)
+        sft.run(config, stopped)
+    sft.run(config.model_copy(update={"micro_batch_size": 4}), stopped)
+    assert losses(stopped) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 
 def test_chats_are_no_longer_than_the_model_can_see(tiny_world):
     """A longer one was an index out of range, after all of pretraining."""
-    assert length_limit(10_000, str(tiny_world.gpt2)) == length_limit(10_000, str(tiny_world.llama)) == 256
-    assert length_limit(100, str(tiny_world.gpt2)) == 100
+    assert length_limit(10_000, "m", str(tiny_world.gpt2)) == length_limit(10_000, "m", str(tiny_world.llama)) == 256
+    assert length_limit(100, "m", str(tiny_world.gpt2)) == 100
 
 
 def with_template(tiny_world, template):
@@ -132,6 +158,6 @@ def test_chatml_as_other_models_have_it_is_taught_from(tiny_world):
     tokenizer = with_template(tiny_world, f"{{% for message in messages %}}{CHATML}{{% endfor %}}")
     template = sft.training_template(tokenizer, "theirs")
     chat = Chat([{"role": "user", "content": "What is tea?"}, {"role": "assistant", "content": "It is tea."}], key="k")
-    (row,) = sft.tokenize([chat], tokenizer, 256, template)
+    [row], _ = sft.tokenize([chat], tokenizer, 256, template)
     taught = [i for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
     assert tokenizer.decode(taught) == "It is tea.<|im_end|>"

@@ -90,6 +90,7 @@ def test_an_evaluation_finds_it_too(bucket, tmp_path):
     ppo = {"prompts": ["a"], "total_episodes": 1, "model": f"{bucket}/m", "reward_model": "owner/name"}
     exam = Exam(EvaluateConfig(), Run(tmp_path / "r", "evaluate"), Recipe.model_validate({"name": "r", "ppo": ppo}))
     assert files(tmp_path / exam.folder("sft")) == {"config.json": b"{}"}
+    assert exam.ppo_start == exam.folder("sft")
     assert exam.folder("reward") == "owner/name"
 
 

@@ -16,6 +16,7 @@ from training.config import PretrainConfig
 from training.progress import Progress
 from training.recipe import Recipe
 from training.run import Run, StageError, save_model
+from training.runs import list_runs, run_folder
 from training.store import Store, StoreError, open_store
 
 SIZES = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 32}
@@ -57,7 +58,7 @@ def test_another_machine_sees_what_is_done(uri, tmp_path, tiny_world, monkeypatc
     monkeypatch.setenv("CHATFORGE_CACHE", str(tmp_path / "another"))
     assert states(r, uri) == ["done", "done"]
     assert states(recipe(tiny_world, learning_rate=1e-5), uri) == ["done", "stale"]
-    assert [run["name"] for run in pipeline.list_runs(uri)] == ["r"]
+    assert [run["name"] for run in list_runs(uri)] == ["r"]
     told = run_command(["runs", "r", "--runs", uri], tmp_path)
     assert told.returncode == 0 and "pretrain" in told.stdout and told.stderr == ""
 
@@ -78,7 +79,7 @@ def test_a_folder_of_the_same_name_stays_as_it_is(uri, tmp_path, tiny_world, mon
     assert states(r, uri) == ["new", "new"]
     finish(r, uri, "tokenizer")
     assert files(tmp_path / "runs" / "r") == before
-    assert [run["name"] for run in pipeline.list_runs("runs")] == ["r"]
+    assert [run["name"] for run in list_runs("runs")] == ["r"]
 
 
 def test_who_looks_at_a_run_takes_nothing_from_it(uri, tiny_world):
@@ -94,7 +95,7 @@ def test_who_looks_at_a_run_takes_nothing_from_it(uri, tiny_world):
     (run.folder / "samples").mkdir()
     (run.folder / "samples" / "step-00000001.png").write_bytes(b"a picture")
     mirror.push_results(run)
-    seen = pipeline.run_folder(uri, r.name, samples=True)
+    seen = run_folder(uri, r.name, samples=True)
     assert seen != root and (seen / "pretrain" / "samples" / "step-00000001.png").read_bytes() == b"a picture"
     assert [line["step"] for line in Run(seen, "pretrain").metrics()] == [1]
     pipeline.plan(r, uri)
@@ -105,7 +106,7 @@ def test_who_looks_at_a_run_takes_nothing_from_it(uri, tiny_world):
 def test_a_path_is_no_run_of_a_store(uri, name):
     """What the store has not is deleted here: of a path, that would be the user's own files."""
     with pytest.raises(StoreError, match="is no run's name"):
-        pipeline.run_folder(uri, name)
+        run_folder(uri, name)
 
 
 def test_a_log_that_cannot_be_sent_hides_nothing(uri, tmp_path, tiny_world, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from training.store import StoreError
 
 RESTARTS = 3  # of the workers, before a stage is given up
 _FULL = 1 << 20  # bytes: with less a disk is full
-_LOOK_EVERY = float(os.environ.get("CHATFORGE_GROW_EVERY_S", "15"))  # for nodes that have come
+_LOOK_EVERY = placement.seconds_from("CHATFORGE_GROW_EVERY_S", 15.0)  # for nodes that have come
 
 _RAY = {
     "RAY_worker_niceness": "0",  # by default 15: any other program on the machine would starve the workers
@@ -47,7 +47,9 @@ _RAY = {
 @contextmanager
 def ray_session() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or one of our own on loopback that ends with the block and leaves no file."""
+    joins = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.update(_RAY)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joins))  # nobody takes this machine away
     import ray
 
     if ray.is_initialized():
@@ -55,7 +57,7 @@ def ray_session() -> Iterator[None]:
         return
     scratch = None
     on_terminate = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("RAY_ADDRESS"):
+    if joins:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         _sweep()
@@ -232,6 +234,7 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
     """One life of a group of workers: how it ended, and what was said. Raises TrainingFailedError when one died."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
     from training.rendezvous import Rendezvous
 
@@ -255,6 +258,9 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
     )
     # Ray's own Ctrl-C handler ends the process with 0 or 1, as it happens; Python's raises KeyboardInterrupt.
     trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
+    # Ray's datasets, of which we have none, would have a process of their own.
+    callbacks = [c for c in trainer._create_default_callbacks() if not isinstance(c, DatasetsCallback)]  # type: ignore[attr-defined]
+    trainer._create_default_callbacks = lambda: callbacks  # type: ignore[attr-defined]
     try:
         return trainer.fit().return_value  # type: ignore[attr-defined]  # rank 0's
     finally:

@@ -57,19 +57,30 @@ class TrainingConfig(OptimizerConfig):
     batch_size: Positive = 32  # sequences per optimiser step, over all workers
     micro_batch_size: Positive = 8  # sequences per forward pass of one worker; a matter of memory alone
 
+    # Whoever runs out of memory lowers the one, and goes on from the checkpoint that there is.
+    runtime: ClassVar[frozenset[str]] = OptimizerConfig.runtime | {"micro_batch_size"}
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimiser steps that share one batch."""
+        return 1
+
     def micro_batch(self, workers: int) -> int:
-        """Sequences per forward pass: `micro_batch_size`, or a worker's whole share of the batch where that is less."""
-        return min(self.micro_batch_size, max(1, self.batch_size // workers))
+        """Sequences per forward pass: `micro_batch_size`, or a worker's whole share of a step where that is less."""
+        return min(self.micro_batch_size, max(1, self.batch_size // (workers * self.steps_per_batch)))
 
     def gradient_accumulation_steps(self, workers: int) -> int:
         """Micro-batches per optimiser step of one worker; raises ConfigError where they do not divide."""
-        micro = self.micro_batch(workers)
-        if self.batch_size % (workers * micro):
+        micro, steps = self.micro_batch(workers), self.steps_per_batch
+        parts = workers * steps * micro
+        if self.batch_size % parts:
+            names = "workers × num_mini_batches" if steps > 1 else "workers"
+            numbers = f"{workers} × {steps}" if steps > 1 else f"{workers}"
             raise ConfigError(
-                f"batch_size={self.batch_size} is not divisible by workers × micro_batch_size = "
-                f"{workers} × {micro} = {workers * micro}; change one of the three"
+                f"batch_size={self.batch_size} is not divisible by {names} × micro_batch_size = "
+                f"{numbers} × {micro} = {parts}; change one of them"
             )
-        return self.batch_size // (workers * micro)
+        return self.batch_size // parts
 
 
 class TokenizerConfig(StageConfig):
@@ -202,27 +213,14 @@ class PPOConfig(TrainingConfig):
     def num_rollouts(self) -> int:
         return max(1, self.total_episodes // self.batch_size)
 
-    def mini_batch(self, workers: int) -> Self:
-        """This config with the batch of one optimiser step; raises ConfigError where batches do not divide."""
-        parts = workers * self.num_mini_batches
-        local, rest = divmod(self.batch_size, parts)
-        if rest:
-            raise ConfigError(
-                f"ppo.batch_size={self.batch_size} is not divisible by workers × num_mini_batches = "
-                f"{workers} × {self.num_mini_batches} = {parts}; change one of the three"
-            )
-        micro = min(self.micro_batch_size, local)
-        if local % micro:
-            raise ConfigError(
-                f"ppo.micro_batch_size={micro} does not divide a worker's mini-batch, batch_size / (workers × "
-                f"num_mini_batches) = {local}; change one of the four"
-            )
-        return self.model_copy(update={"batch_size": local * workers, "micro_batch_size": micro})
+    @property
+    def steps_per_batch(self) -> int:
+        return self.num_mini_batches
 
-    def derived(self, workers: int) -> str:
-        step = self.mini_batch(workers)
-        updates = self.num_ppo_epochs * self.num_mini_batches
-        return f"{self.num_rollouts} rollouts of {self.batch_size} episodes, {updates} steps of {step.batch_size} each"
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimiser steps, of policy and critic each."""
+        return self.num_ppo_epochs * self.num_mini_batches
 
 
 class TranslationConfig(OptimizerConfig):
@@ -304,7 +302,7 @@ class PicturesConfig(TrainingConfig):
     sample_every: Positive = 500  # optimiser steps; a sheet of pictures and the held-out loss
 
     # Neither changes what is learnt.
-    runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"micro_batch_size", "sample_every"}
+    runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"sample_every"}
 
 
 # Models that come in packages: the package's module, and how it is installed.

@@ -29,12 +29,12 @@ from training.data.split import split
 from training.data.text import PackedTokens, read_documents
 from training.exam import Answers, Exam, answer, compare, fixed_answers, shown, side_by_side, summary
 from training.measure_translation import measure_translation, score_pairs
+from training.pretrained import length_limit
 from training.rank import rankings_path
 from training.recipe import Recipe
-from training.reward import HELD_OUT
+from training.reward import HELD_OUT, fitting
 from training.run import Run, StageError, write_atomic
 from training.stats import Estimate, pearson, ratio_and_stderr, spearman
-from training.trainer import length_limit
 from training.verdict import Result, finite, headline, warnings
 
 LANGUAGE_MODELS = ("pretrain", "sft", "ppo")
@@ -119,7 +119,7 @@ def measure_reward(exam: Exam, config: RewardConfig) -> Result:
     sources = config.rankings or [str(rankings_path(exam.run.of("rank")))]
     training, held_out = split(read_rankings(sources), exam.run.seed + 1, HELD_OUT)
     folder, device = str(exam.run.of("reward").model), exam.run.device
-    max_length = length_limit(config.max_length, folder)
+    max_length = length_limit(config.max_length, "reward", folder)
     return {"learnt_from": len(training), **score_rankings(folder, training, held_out, max_length, device)}
 
 
@@ -128,7 +128,7 @@ def score_rankings(
 ) -> Result:
     """The reward model against `longer_wins`, and against a bag of words where there are rankings to learn it from."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rankings = measure.fitting(rankings, tokenizer, max_length)
+    rankings = fitting(rankings, tokenizer, max_length)
     if not rankings:
         raise StageError(f"no ranking to measure {folder} on: each is one tie, or longer than {max_length} tokens")
     reward = measure.reward_model(folder, device)

@@ -43,8 +43,13 @@ class Exam:
             own = self.run.of(stage).model
             return str(own) if own.is_dir() else None
         ppo = self.recipe.ppo
-        named = {"sft": ppo.model, "reward": ppo.reward_model}.get(stage) if ppo else None
-        return str(local_copy(named)) if named and is_uri(named) else named
+        return _on_this_disk({"sft": ppo.model, "reward": ppo.reward_model}.get(stage)) if ppo else None
+
+    @property
+    def ppo_start(self) -> str | None:
+        """The model that PPO started from."""
+        named = self.recipe.ppo.model if self.recipe.ppo else None
+        return _on_this_disk(named) or self.folder("sft")
 
     @cached_property
     def prompts(self) -> list[list[Message]]:
@@ -70,6 +75,11 @@ class Exam:
         seeds = [derived_seed(self.run.seed, "evaluate", number) for number in range(len(self.prompts))]
         new, temperature = self.config.max_new_tokens, self.temperature
         return [SamplingParams(max_new_tokens=new, temperature=temperature, seed=seed) for seed in seeds]
+
+
+def _on_this_disk(model: str | None) -> str | None:
+    """A model that the recipe names, as a folder where it is a URI."""
+    return str(local_copy(model)) if model and is_uri(model) else model
 
 
 def _prompt_sources(recipe: Recipe) -> list[str]:
@@ -143,9 +153,8 @@ def divergence(exam: Exam, answers: Answers) -> Estimate:
 
     Unbiased. One model at a time is in memory.
     """
-    start = (exam.recipe.ppo and exam.recipe.ppo.model) or exam.folder("sft")
     sums = []
-    for folder in (exam.folder("ppo"), start):
+    for folder in (exam.folder("ppo"), exam.ppo_start):
         assert folder, "there are PPO's answers, so there is what it started from"
         model, _ = measure.load(folder, exam.run.device)
         sums.append(measure.completion_logprobs(model, answers.prompt_ids, answers.token_ids, exam.temperature))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from training.config import PIXELS, ConfigError, StageConfig
 from training.data.sources import resolve, with_pictures
-from training.pipeline import MODELS, SOURCES
-from training.recipe import Recipe
+from training.recipe import MODELS, SOURCES, Recipe
 
 
 def local_inputs(recipe: Recipe) -> dict[str, tuple[Path, ...]]:

@@ -6,7 +6,6 @@ Everything runs in fp32, without gradient, on the device it is given. Shapes as 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch.nn.functional as F
 from serving.engine.api import Completion, SamplingParams
 from serving.engine.torch_engine import TorchEngine
 from serving.model_folder import load_causal_lm
+from training import reward
 from training.baselines import Ranker
 from training.data.rankings import Ranking
 from training.data.text import Document, PackedTokens, positions
-from training.ppo import load_scorer
-from training.ppo_models import Episodes, RewardModel, logprobs
-from training.reward import pair_accuracy
+from training.ppo_models import Episodes, RewardModel, load_scorer, logprobs
 from training.stats import Estimate, ratio_and_stderr
 from training.tokenizer import encode_completion, encode_prompt
 
@@ -116,24 +114,11 @@ def reward_model(folder: str, device: str) -> RewardModel:
     return RewardModel(load_scorer(folder).to(device), BATCH, nullcontext)
 
 
-def fitting(rankings: Iterable[Ranking], tokenizer: Any, max_length: int) -> list[Ranking]:
-    """Rankings without the completions that are too long for the reward model; those left without a pair drop out."""
-    kept = []
-    for ranking in rankings:
-        prompt = len(encode_prompt(tokenizer, ranking.prompt))
-        fits = [prompt + len(encode_completion(tokenizer, text)) <= max_length for text in ranking.completions]
-        texts = [text for text, fit in zip(ranking.completions, fits, strict=True) if fit]
-        ranks = [rank for rank, fit in zip(ranking.ranks, fits, strict=True) if fit]
-        if len(set(ranks)) > 1:
-            kept.append(replace(ranking, completions=texts, ranks=ranks))
-    return kept
-
-
-def reward_scores(reward: RewardModel, tokenizer: Any, rankings: Sequence[Ranking]) -> list[list[float]]:
+def reward_scores(model: RewardModel, tokenizer: Any, rankings: Sequence[Ranking]) -> list[list[float]]:
     """The reward of every completion of every ranking."""
     prompts = [encode_prompt(tokenizer, r.prompt) for r in rankings for _ in r.completions]
     completions = [encode_completion(tokenizer, text) for r in rankings for text in r.completions]
-    scores = iter(reward(prompts, completions).tolist())
+    scores = iter(model(prompts, completions).tolist())
     return [[next(scores) for _ in r.completions] for r in rankings]
 
 
@@ -144,6 +129,5 @@ def ranker_scores(ranker: Ranker, rankings: Sequence[Ranking]) -> list[list[floa
 
 def pairs_right(scores: Sequence[Sequence[float]], rankings: Sequence[Ranking]) -> tuple[list[float], list[float]]:
     """For every ranking: how many of its pairs the scores order right (equal scores are half right), and all pairs."""
-    pairs = [float(sum(a < b for a in r.ranks for b in r.ranks)) for r in rankings]
-    shares = [pair_accuracy([torch.tensor(s)], [r.ranks]) for s, r in zip(scores, rankings, strict=True)]
-    return [share * total for share, total in zip(shares, pairs, strict=True)], pairs
+    counts = [reward.pairs_right(torch.tensor(s), r.ranks) for s, r in zip(scores, rankings, strict=True)]
+    return [right for right, _ in counts], [float(pairs) for _, pairs in counts]

@@ -1,7 +1,7 @@
 """Which stages a recipe needs, in what order, what is already done, what feeds what.
 
-A stage is identified by its config, the content of its inputs, what its parents made, seed, workers and device. A
-manifest with the same identity means done; checkpoints of the same identity mean it goes on; anything else starts anew.
+A stage is identified by its config, the content of its inputs, what its parents made, seed and workers. A manifest
+with the same identity means done; checkpoints of the same identity mean it goes on; anything else starts anew.
 """
 
 import json
@@ -35,28 +35,12 @@ from training.config import (
 )
 from training.data.sources import fingerprint
 from training.hashes import model_id, output_hash
-from training.recipe import Recipe
-from training.run import Run, StageError, StageInterrupted
+from training.recipe import MODELS, PARENTS, SOURCES, Recipe
+from training.run import Run, StageInterrupted
+from training.runs import RUNS, read_json
 from training.store import check, is_uri
 
-RUNS = Path("runs")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "tokenizers", "diffusers")
-
-# What each stage reads of the stages before it, where its config does not name another model.
-PARENTS: dict[str, dict[str, str | None]] = {
-    "tokenizer": {},
-    "pretrain": {"tokenizer": None},
-    "sft": {"pretrain": "model"},
-    "rank": {"sft": "model"},
-    "reward": {"sft": "model", "rank": "rankings"},
-    "ppo": {"sft": "model", "reward": "reward_model"},
-    "translation": {},
-    "image_vae": {},
-    "image": {"image_vae": "vae"},
-    "evaluate": dict.fromkeys(("pretrain", "sft", "reward", "ppo", "translation", "image"), None),
-}
-MODELS = ("model", "reward_model", "vae", "text_encoder")
-SOURCES = ("text", "chats", "prompts", "rankings", "pairs", "images")
 
 State = Literal["done", "resume", "stale", "new"]
 
@@ -85,6 +69,8 @@ def train(recipe: Recipe, runs: str | Path = RUNS, only: str | None = None, say:
     if store:
         check(store)
     plans = plan(recipe, runs)
+    if only:
+        _check_parents_are_done(recipe, plans, only)
     say(describe(recipe, plans))
     todo = [p.name for p in plans if p.state != "done" and only in (None, p.name)]
     if not todo:
@@ -97,6 +83,17 @@ def train(recipe: Recipe, runs: str | Path = RUNS, only: str | None = None, say:
         for name in todo:
             _run_stage(recipe, stage_run(recipe, root, name, device, store), say)
     return root
+
+
+def _check_parents_are_done(recipe: Recipe, plans: list[PlannedStage], only: str) -> None:
+    """Of a stage that is asked for alone; an evaluation looks at what there is."""
+    states = {p.name: p.state for p in plans}
+    missing = [p for p in _parents(recipe, only) if states[p] in ("new", "resume")]
+    if missing and only != "evaluate":
+        raise ConfigError(
+            f"--stage {only}: needs {' and '.join(missing)}, not done in run {recipe.name!r}: leave out --stage, which "
+            "trains what is missing, or train these first"
+        )
 
 
 def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
@@ -127,7 +124,7 @@ def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
 
 def _keep_what_a_person_did(run: Run, say: Callable[[str], None]) -> None:
     """Rankings by hand outlive the stage that asked for them: nothing makes them again."""
-    before, rankings = _read_json(run.folder / "started.json"), run.folder / "rankings.jsonl"
+    before, rankings = read_json(run.folder / "started.json"), run.folder / "rankings.jsonl"
     if before and before["config"].get("judge") == "person" and rankings.exists():
         kept = run.root / f"rankings-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
         mirror.write_file(run.root, run.store, kept.name, rankings.read_text("utf-8"))
@@ -145,23 +142,16 @@ def worker_counts(recipe: Recipe, config: StageConfig) -> list[int]:
         return [1]
     counts = [count for count in recipe.worker_range if _divides(config, count)]
     if not counts:
-        _check_batch(config, recipe.worker_range[-1])
+        config.gradient_accumulation_steps(recipe.worker_range[-1])  # raises
     return counts
 
 
 def _divides(config: TrainingConfig | TranslationConfig, workers: int) -> bool:
     try:
-        _check_batch(config, workers)
+        config.gradient_accumulation_steps(workers)
     except ConfigError:
         return False
     return True
-
-
-def _check_batch(config: TrainingConfig | TranslationConfig, workers: int) -> None:
-    """Raises ConfigError where batches do not divide among so many workers."""
-    config.gradient_accumulation_steps(workers)
-    if isinstance(config, PPOConfig):
-        config.mini_batch(workers)
 
 
 def state_bytes(recipe: Recipe, config: StageConfig) -> int:
@@ -230,7 +220,7 @@ def _derived(recipe: Recipe, config: StageConfig) -> str:
         case RankConfig():
             return f"{config.num_prompts:,} prompts × {config.num_completions} completions, judge {config.judge}"
         case PPOConfig():
-            steps = config.num_rollouts * config.num_ppo_epochs * config.num_mini_batches
+            steps = config.num_rollouts * config.steps_per_rollout
             return f"{config.num_rollouts} rollouts × {_batch(recipe, config)} episodes, {steps:,} optimiser steps"
         case SFTConfig() | RewardConfig():
             lora = f", LoRA r={config.lora.r}" if config.lora else ""
@@ -274,7 +264,8 @@ def _millions(count: int) -> str:
 def _batch(recipe: Recipe, config: TrainingConfig) -> str:
     workers = worker_counts(recipe, config)[-1]
     accumulation = config.gradient_accumulation_steps(workers)
-    parts = f"workers {recipe.workers} × micro {config.micro_batch(workers)} × accumulation {accumulation}"
+    steps = f"mini-batches {config.steps_per_batch} × " if config.steps_per_batch > 1 else ""
+    parts = f"workers {recipe.workers} × {steps}micro {config.micro_batch(workers)} × accumulation {accumulation}"
     return f"{config.batch_size} ({parts})"
 
 
@@ -322,8 +313,8 @@ def _is_named(config: StageConfig, field: str | None) -> bool:
 
 
 def _state(run: Run, identity: dict[str, Any]) -> tuple[State, str]:
-    manifest = _read_json(run.folder / "manifest.json")
-    started = _read_json(run.folder / "started.json")
+    manifest = read_json(run.folder / "manifest.json")
+    started = read_json(run.folder / "started.json")
     if manifest:
         difference = _difference(manifest["identity"], identity)
         return ("stale", difference) if difference else ("done", "")
@@ -338,7 +329,7 @@ def _state(run: Run, identity: dict[str, Any]) -> tuple[State, str]:
 
 def _difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
     """The first thing that differs, in words; empty where nothing does."""
-    for key in old.keys() | new.keys():
+    for key in sorted(old.keys() | new.keys()):
         where = f"{path}.{key}" if path else key
         a, b = old.get(key), new.get(key)
         if a == b:
@@ -368,7 +359,7 @@ def _identity(recipe: Recipe, root: Path, name: str) -> dict[str, Any]:
 
 
 def _made_by(root: Path, stage: str) -> str | None:
-    manifest = _read_json(root / stage / "manifest.json")
+    manifest = read_json(root / stage / "manifest.json")
     return manifest["output"] if manifest else None
 
 
@@ -397,36 +388,6 @@ def _git_commit() -> str | None:
     except OSError:  # there is no git, as in our image
         return None
     return found.stdout.strip() or None
-
-
-# ---- what runs there are
-
-
-def list_runs(runs: str | Path = RUNS) -> list[dict[str, Any]]:
-    """Name, stages done and time of every run, in a folder or at a URI."""
-    return [describe_run(run_folder(runs, name)) for name in mirror.names(runs)]
-
-
-def run_folder(runs: str | Path, name: str, samples: bool = False) -> Path:
-    """Where a run's small files are on this disk, to be looked at: fetched, if `runs` is a URI, with its `samples`."""
-    root, store = mirror.locate(runs, name, mirror.SEEN)
-    mirror.pull_files(root, store)
-    if samples:
-        mirror.pull_samples(root, store)
-    return root
-
-
-def describe_run(root: Path) -> dict[str, Any]:
-    """A run's recipe, and its stages' manifests by name. Raises StageError where there is no such run."""
-    recipe = _read_json(root / "run.json")
-    if recipe is None:
-        raise StageError(f"run {root.name!r} not found in {root.parent}; `chatforge runs` lists what there is")
-    stages = {p.parent.name: _read_json(p) for p in sorted(root.glob("*/manifest.json"))}
-    return {"name": root.name, "recipe": recipe, "stages": stages}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def _brief(metrics: dict[str, float]) -> str:

@@ -7,8 +7,21 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from training.config import ConfigError
+
 Nodes = Mapping[str, Mapping[str, float]]
-WAIT = float(os.environ.get("CHATFORGE_PLACEMENT_TIMEOUT_S", "60"))  # for nodes that an autoscaler may be starting
+
+
+def seconds_from(variable: str, default: float) -> float:
+    """What the environment says; raises ConfigError where that is no number."""
+    said = os.environ.get(variable) or str(default)
+    try:
+        return float(said)
+    except ValueError:
+        raise ConfigError(f"{variable}={said}: is no number of seconds") from None
+
+
+WAIT = seconds_from("CHATFORGE_PLACEMENT_TIMEOUT_S", 60.0)  # for nodes that an autoscaler may be starting
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,28 @@ ppo_models, sampling in ppo_rollout, or by actors of its own in ppo_engines. Lea
 update.
 """
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from serving.engine.api import SamplingParams
 from serving.engine.torch_engine import TorchEngine
+from serving.model_folder import context_length
 from training import zero
 from training.config import LoraConfig, PPOConfig
 from training.data.prompts import read_prompts
 from training.data.split import split
 from training.ppo_engines import RemoteRollouts
 from training.ppo_math import warmed_up
-from training.ppo_models import RewardModel, Scorer, frozen_copy
+from training.ppo_models import RewardModel, frozen_copy, load_scorer
 from training.ppo_rollout import Rollouts
-from training.ppo_trainer import PPOArguments, PPOModels, PPOTrainer, Reward, autocast_like
+from training.ppo_trainer import PPOModels, PPOTrainer, Reward, autocast_like
+from training.pretrained import pretrained
 from training.run import Run, StageError
 from training.tokenizer import encode_prompt
 from training.trainer import peft_config
@@ -47,13 +47,13 @@ def run(config: PPOConfig, run: Run) -> None:
 
 
 def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrainer:
-    """The trainer with all its parts; with another `reward`, the reward model is what the critic starts from."""
+    """The trainer with all its parts; `reward` replaces the learned one, and the critic starts from that one."""
     zero.init_distributed(run.device)
     zero.seed_everything(run.seed)
     start = config.model or str(run.of("sft").model)
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    policy = load(AutoModelForCausalLM, start)
-    prompts = encode_prompts(config, run, tokenizer, policy.config.max_position_embeddings)
+    tokenizer = pretrained(AutoTokenizer, "ppo.model", start)
+    policy = pretrained(AutoModelForCausalLM, "ppo.model", start, dtype="float32", use_safetensors=True)
+    prompts = encode_prompts(config, run, tokenizer, context_length(policy.config))
     copied = not config.rollout_engines and (config.lora or config.zero_stage == 3)
     copy = frozen_copy(policy) if copied else None
     models = build_models(config, run, policy, reward)
@@ -70,40 +70,35 @@ def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrain
     else:
         sampled = models.policy.module if copy is None else copy.to(models.policy.device)
         rollouts = Rollouts(models.policy.module, sampled, TorchEngine(sampled, tokenizer, **size), params)
-    return PPOTrainer(PPOArguments.of(config, run), run, models, rollouts, prompts, tokenizer)
+    return PPOTrainer(config, run, models, rollouts, prompts, tokenizer)
 
 
 def build_models(config: PPOConfig, run: Run, policy: PreTrainedModel, reward: Reward | None) -> PPOModels:
     """Policy and critic on DeepSpeed engines, the frozen ones beside them."""
-    step = config.mini_batch(run.workers)
     reward_model = config.reward_model or str(run.of("reward").model)
     reference = None if config.lora else frozen_copy(policy)
     critic = load_scorer(reward_model)
     if config.lora:
         policy = adapted(policy, config.lora, "CAUSAL_LM")
         critic.model = adapted(critic.model, config.lora, "SEQ_CLS", modules_to_save=["score"]).get_base_model()
-    actor = on_deepspeed(policy, step, run, config.learning_rate)
+    actor = on_deepspeed(policy, config, run, config.learning_rate)
     if reward is None:
         autocast = partial(autocast_like, actor)
-        reward = RewardModel(load_scorer(reward_model).to(actor.device), step.micro_batch_size, autocast)
+        reward = RewardModel(load_scorer(reward_model).to(actor.device), config.micro_batch(run.workers), autocast)
     return PPOModels(
         policy=actor,
-        critic=on_deepspeed(critic, step, run, config.critic_learning_rate),
+        critic=on_deepspeed(critic, config, run, config.critic_learning_rate),
         reference=reference.to(actor.device) if reference else None,
         reward=reward,
     )
 
 
 def on_deepspeed(model: nn.Module, config: PPOConfig, run: Run, learning_rate: float) -> Any:
-    """The model on an engine of its own, with AdamW and a warm-up to a constant rate (Ouyang et al. 2022, C.4).
-
-    `config` is that of a mini-batch, so what it counts as rollouts are mini-batches.
-    """
+    """The model on an engine of its own, with AdamW and a warm-up to a constant rate (Ouyang et al. 2022, C.4)."""
     groups = zero.parameter_groups(model, config.weight_decay)
     # eps as in Huang et al. 2024: gradients of a policy near its optimum are small, and should stay so.
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5)
-    steps = config.num_rollouts * config.num_ppo_epochs
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = math.ceil(config.warmup_ratio * config.num_rollouts * config.steps_per_rollout)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmed_up, warmup_steps=warmup))
     return zero.initialize(model, config, run, optimizer, schedule)
 
@@ -115,27 +110,17 @@ def adapted(model: PreTrainedModel, lora: LoraConfig, task_type: str, **extra: A
     return get_peft_model(model, config)
 
 
-def load(auto: Any, folder: str, **options: Any) -> PreTrainedModel:
-    return auto.from_pretrained(folder, dtype="float32", use_safetensors=True, **options)
+def encode_prompts(config: PPOConfig, run: Run, tokenizer: Any, context: int | None) -> list[list[int]]:
+    """Token ids of the training side's prompts that leave room for a completion; raises StageError where none does.
 
-
-def load_scorer(folder: str) -> Scorer:
-    """The reward model, normalised by the mean and deviation that its folder stores (0 and 1 where it has none)."""
-    card = Path(folder) / "chatforge.json"
-    about = json.loads(card.read_text("utf-8")) if card.exists() else {}
-    model = load(AutoModelForSequenceClassification, folder, num_labels=1)
-    return Scorer(model, about.get("reward_mean", 0.0), about.get("reward_std") or 1.0)
-
-
-def encode_prompts(config: PPOConfig, run: Run, tokenizer: Any, context: int) -> list[list[int]]:
-    """Token ids of the training side's prompts that leave room for a completion; raises StageError where none does."""
+    `context`: tokens that the model was made for; None where it has no such limit.
+    """
     records, _ = split(read_prompts(config.prompts), run.seed, run.val_fraction)
     encoded = [encode_prompt(tokenizer, record.messages) for record in records]
-    room = context - config.response_length
+    room = (context or math.inf) - config.response_length
     kept = [ids for ids in encoded if len(ids) <= room]
-    print(
-        f"prompts: {len(kept)} to learn from, {len(encoded) - len(kept)} longer than {room} tokens left out", flush=True
-    )
+    if len(kept) < len(encoded):
+        run.note(f"{len(encoded) - len(kept)} of {len(encoded)} prompts are longer than {room} tokens: left out")
     if not kept:
         raise StageError(
             f"ppo.prompts: none of {len(encoded)} leaves room for response_length={config.response_length} tokens in a "

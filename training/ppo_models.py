@@ -4,18 +4,21 @@ Shapes: B episodes; P prompt tokens, padded on the left; C actions (completion t
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from training.config import ConfigError
 from training.ppo_math import position_ids
+from training.pretrained import pretrained
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,18 @@ class Scorer(nn.Module):
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[:, -width:]
         with torch.autocast(hidden.device.type, enabled=False):
             return (self.model.score(hidden.float()).squeeze(-1) - self.mean) / self.std
+
+
+def load_scorer(folder: str) -> Scorer:
+    """The reward model, normalised by the mean and deviation that its folder stores (0 and 1 where it has none).
+
+    Raises StageError where there is no such model, ConfigError where it has not one score per token.
+    """
+    card = Path(folder) / "chatforge.json"
+    about = json.loads(card.read_text("utf-8")) if card.exists() else {}
+    options = {"num_labels": 1, "dtype": "float32", "use_safetensors": True}
+    model = pretrained(AutoModelForSequenceClassification, "ppo.reward_model", folder, **options)
+    return Scorer(model, about.get("reward_mean", 0.0), about.get("reward_std") or 1.0)
 
 
 def state_values(critic: nn.Module, episodes: Episodes) -> Tensor:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers import PrinterCallback
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from training import notice, ppo_math, zero
+from training import ppo_math, zero
 from training.config import PPOConfig
 from training.ppo_engines import RemoteRollouts
 from training.ppo_models import Episodes, logprobs, logprobs_and_entropy, state_values
@@ -34,47 +34,6 @@ Reward = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor]
 
 RUNAWAY_ROLLOUTS = 5  # in a row with hardly a turn ended, before the stage gives up
 CHECKPOINT = "engine"
-
-
-@dataclass
-class PPOArguments(_BaseConfig):
-    """TRL's PPOConfig names beside transformers' TrainingArguments.
-
-    `per_device_train_batch_size` × `gradient_accumulation_steps` × `num_mini_batches` is one worker's rollout.
-    """
-
-    total_episodes: int = 256
-    response_length: int = 32
-    temperature: float = 1.0
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 2
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl_coef: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    whiten_rewards: bool = False
-    missing_eos_penalty: float = 1.0
-    max_kl: float = 50.0
-    checkpoint_every: int = 50  # optimiser steps
-
-    @classmethod
-    def of(cls, config: PPOConfig, run: Run) -> Self:
-        """The stage's settings as the trainer takes them; raises ConfigError where the batch does not divide."""
-        own = {f.name for f in fields(cls)} - {f.name for f in fields(_BaseConfig)}
-        base = trainer_arguments(config.mini_batch(run.workers), run, num_train_epochs=1.0)
-        return cls(**base, use_cache=True, **{name: getattr(config, name) for name in own})
-
-    @property
-    def local_mini_batch_size(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @property
-    def local_batch_size(self) -> int:
-        return self.local_mini_batch_size * self.num_mini_batches
 
 
 @dataclass(frozen=True)
@@ -109,30 +68,34 @@ class Experience:
 class PPOTrainer(_BaseTrainer):
     """Proximal policy optimisation of a causal LM from a reward per completion."""
 
-    args: PPOArguments
     processing_class: Any
     _name = "PPO"
 
     def __init__(
         self,
-        args: PPOArguments,
+        config: PPOConfig,
         run: Run,
         models: PPOModels,
         rollouts: Rollouts | RemoteRollouts,
         prompts: list[list[int]],
         processing_class: Any,
     ) -> None:
-        """`prompts`: token ids that end where an assistant's turn begins, each short enough for its completion."""
+        """`prompts`: token ids that end where an assistant's turn begins, each short enough for its completion.
+
+        Raises ConfigError where the batch does not divide.
+        """
+        args = _BaseConfig(**trainer_arguments(config, run, num_train_epochs=1.0), use_cache=True)
         super().__init__(
             model=models.policy.module, args=args, processing_class=processing_class, train_dataset=prompts
         )
         self.remove_callback(PrinterCallback)
-        self.run, self.models, self.rollouts, self.prompts = run, models, rollouts, prompts
-        self.kl = ppo_math.KLController(args.kl_coef, args.kl_target, args.kl_horizon)
-        self.progress = PPOProgress(args.kl_coef)
+        self.config, self.run, self.models, self.rollouts, self.prompts = config, run, models, rollouts, prompts
+        self.kl = ppo_math.KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.progress = PPOProgress(config.kl_coef)
         self.device = next(models.policy.module.parameters()).device
-        self.batch_size = args.local_batch_size * run.workers
-        self.num_rollouts = self.state.max_steps = max(1, args.total_episodes // self.batch_size)
+        self.local_batch_size = config.batch_size // run.workers
+        self.micro_batch_size = config.micro_batch(run.workers)
+        self.state.max_steps = config.num_rollouts
         for engine in (models.policy, models.critic):
             engine.eval()  # dropout off, in the update too: ratios compare the same function
 
@@ -144,24 +107,25 @@ class PPOTrainer(_BaseTrainer):
         first = self.resume() + 1
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         with closing(self.rollouts):
-            for rollout in range(first, self.num_rollouts + 1):
+            for rollout in range(first, self.config.num_rollouts + 1):
                 started = time.perf_counter()
                 metrics = self.step(rollout)
-                metrics["episodes_per_second"] = self.batch_size / (time.perf_counter() - started)
-                self.run.log(step=rollout, total=self.num_rollouts, **metrics)
+                metrics["episodes_per_second"] = self.config.batch_size / (time.perf_counter() - started)
+                self.run.log(step=rollout, total=self.config.num_rollouts, **metrics)
                 self.state.global_step = rollout
                 self.log(metrics)
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
                 self.check(metrics)
                 if self.control.should_training_stop:
                     break
-                if self.is_checkpoint(rollout):
+                steps = self.config.steps_per_rollout
+                if zero.checkpoint_is_due(self.config, self.run, rollout, self.config.num_rollouts, steps):
                     self.save_checkpoint(rollout)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def step(self, rollout: int) -> dict[str, float]:
         """One rollout and the update on it; its metrics, over all ranks."""
-        args = self.args
+        config = self.config
         # 1. Rollout: the policy answers the next prompts (Ziegler et al. 2019, 2.1).
         prompts, seeds = self.next_prompts(rollout)
         self.rollouts.refresh()
@@ -174,14 +138,14 @@ class PPOTrainer(_BaseTrainer):
         ended = torch.tensor([ids[-1] == self.processing_class.eos_token_id for ids in completions], device=self.device)
 
         # 3. Reward of every action: −β·KL, and the score on the last one (Ziegler et al. 2019, eq. 2).
-        scores = reward - args.missing_eos_penalty * ~ended
+        scores = reward - config.missing_eos_penalty * ~ended
         kl = ppo_math.kl_per_token(old_logprobs, ref_logprobs, episodes.mask)
         rewards = ppo_math.token_rewards(scores, kl, episodes.mask, self.kl.coef)
-        if args.whiten_rewards:
+        if config.whiten_rewards:
             rewards = ppo_math.whiten(rewards, episodes.mask, shift_mean=False)
 
         # 4. Advantages (Schulman et al. 2016, eq. 16), whitened over the actions of all ranks.
-        advantages, returns = ppo_math.gae(rewards, values, episodes.mask, args.gamma, args.lam)
+        advantages, returns = ppo_math.gae(rewards, values, episodes.mask, config.gamma, config.lam)
         advantages = ppo_math.whiten(advantages, episodes.mask)
 
         # 5. Clipped updates of policy and critic (Schulman et al. 2017, algorithm 1).
@@ -194,7 +158,7 @@ class PPOTrainer(_BaseTrainer):
         metrics |= {"completion_length": length, "stop_rate": stop_rate}
         metrics["distinct_2"] = zero.mean_over_workers(ppo_math.distinct_2(completions))
         metrics["learning_rate"] = self.models.policy.get_lr()[0]
-        self.kl.update(kl_, self.batch_size)
+        self.kl.update(kl_, config.batch_size)
         return metrics
 
     def next_prompts(self, rollout: int) -> tuple[list[list[int]], list[int]]:
@@ -202,8 +166,8 @@ class PPOTrainer(_BaseTrainer):
 
         Both follow from the recipe's seed and the episode's number, whichever worker draws it.
         """
-        first = (rollout - 1) * self.batch_size + self.run.rank * self.args.local_batch_size
-        episodes = range(first, first + self.args.local_batch_size)
+        first = (rollout - 1) * self.config.batch_size + self.run.rank * self.local_batch_size
+        episodes = range(first, first + self.local_batch_size)
         prompts = [self.prompts[shuffled(i, len(self.prompts), self.run.seed)] for i in episodes]
         return prompts, [derived_seed(self.run.seed, "episode", i) for i in episodes]
 
@@ -213,10 +177,10 @@ class PPOTrainer(_BaseTrainer):
         old, reference, values = (torch.zeros_like(episodes.actions, dtype=torch.float) for _ in range(3))
         entropy = torch.zeros(len(episodes), device=self.device)
         rows = torch.arange(len(episodes), device=self.device)
-        for micro in episodes.micro_batches(rows, self.args.per_device_train_batch_size):
+        for micro in episodes.micro_batches(rows, self.micro_batch_size):
             part = episodes.pick(micro)
             width = part.mask.shape[1]
-            logprob, spread = logprobs_and_entropy(self.models.policy, part, self.args.temperature)
+            logprob, spread = logprobs_and_entropy(self.models.policy, part, self.config.temperature)
             old[micro, :width] = logprob * part.mask
             entropy[micro] = (spread * part.mask).sum(1)
             reference[micro, :width] = self.reference_logprobs(part) * part.mask
@@ -227,19 +191,19 @@ class PPOTrainer(_BaseTrainer):
         """Under the policy's own precision, so that the KL of an unmoved policy is zero."""
         if self.models.reference is None:
             with self.models.policy.module.disable_adapter():
-                return logprobs(self.models.policy, part, self.args.temperature)
+                return logprobs(self.models.policy, part, self.config.temperature)
         with autocast_like(self.models.policy):
-            return logprobs(self.models.reference, part, self.args.temperature)
+            return logprobs(self.models.reference, part, self.config.temperature)
 
     def update(self, episodes: Episodes, experience: Experience, rollout: int) -> dict[str, float]:
         """`num_ppo_epochs` passes of `num_mini_batches` optimiser steps each; means over all actions seen."""
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)
-        for epoch in range(self.args.num_ppo_epochs):
+        for epoch in range(self.config.num_ppo_epochs):
             seed = derived_seed(self.run.seed, "mini-batches", rollout, epoch, self.run.rank)
             order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(self.device)
-            for rows in order.split(self.args.local_mini_batch_size):
+            for rows in order.split(self.local_batch_size // self.config.num_mini_batches):
                 actions = ppo_math.sum_over_ranks(episodes.mask[rows].sum())
-                for micro in episodes.micro_batches(rows, self.args.per_device_train_batch_size):
+                for micro in episodes.micro_batches(rows, self.micro_batch_size):
                     sums += self.learn(episodes.pick(micro), micro, experience, self.run.workers / actions)
         *totals, taken = zero.sum_over_workers(sums.tolist())
         names = ("policy_loss", "value_loss", "clipfrac", "value_clipfrac", "approx_kl")
@@ -252,18 +216,18 @@ class PPOTrainer(_BaseTrainer):
         mean over those actions however they are spread. Returns sums over the actions: losses, clips, KL, and their
         number, [6].
         """
-        args, mask = self.args, part.mask
+        config, mask = self.config, part.mask
         old, old_values, advantages, returns = (
             getattr(experience, f.name)[rows, : mask.shape[1]][mask] for f in fields(experience)
         )
-        new = logprobs(self.models.policy, part, args.temperature)[mask]
-        policy_losses, clipped = ppo_math.policy_loss(new, old, advantages, args.cliprange)
+        new = logprobs(self.models.policy, part, config.temperature)[mask]
+        policy_losses, clipped = ppo_math.policy_loss(new, old, advantages, config.cliprange)
         self.models.policy.backward(policy_losses.sum() * share, scale_wrt_gas=False)
         self.models.policy.step()
 
         values = state_values(self.models.critic, part)[mask]
-        value_losses, value_clipped = ppo_math.value_loss(values, old_values, returns, args.cliprange_value)
-        self.models.critic.backward(args.vf_coef * value_losses.sum() * share, scale_wrt_gas=False)
+        value_losses, value_clipped = ppo_math.value_loss(values, old_values, returns, config.cliprange_value)
+        self.models.critic.backward(config.vf_coef * value_losses.sum() * share, scale_wrt_gas=False)
         self.models.critic.step()
 
         approx_kl = ppo_math.approx_kl(new.detach(), old)
@@ -273,7 +237,8 @@ class PPOTrainer(_BaseTrainer):
     def mean(self, *per_episode: Tensor) -> list[float]:
         """The mean over the episodes of all ranks, of each [B]."""
         return [
-            total / self.batch_size for total in zero.sum_over_workers([t.double().sum().item() for t in per_episode])
+            total / self.config.batch_size
+            for total in zero.sum_over_workers([t.double().sum().item() for t in per_episode])
         ]
 
     def check(self, metrics: dict[str, float]) -> None:
@@ -281,14 +246,14 @@ class PPOTrainer(_BaseTrainer):
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise StageError(
-                f"ppo: {', '.join(broken)} not finite: lower ppo.learning_rate={self.args.learning_rate:g} or "
+                f"ppo: {', '.join(broken)} not finite: lower ppo.learning_rate={self.config.learning_rate:g} or "
                 "ppo.critic_learning_rate, or check the reward model"
             )
-        if metrics["kl"] > self.args.max_kl:
+        if metrics["kl"] > self.config.max_kl:
             raise StageError(
                 f"ppo: the policy has left its reference: KL {metrics['kl']:.1f} nats per completion is above "
-                f"ppo.max_kl={self.args.max_kl:g}. Raise ppo.kl_coef={self.args.kl_coef:g}, set ppo.kl_target, or "
-                f"lower ppo.learning_rate={self.args.learning_rate:g}"
+                f"ppo.max_kl={self.config.max_kl:g}. Raise ppo.kl_coef={self.config.kl_coef:g}, set ppo.kl_target, or "
+                f"lower ppo.learning_rate={self.config.learning_rate:g}"
             )
         progress, stop_rate = self.progress, metrics["stop_rate"]
         if progress.first_stop_rate is None:
@@ -297,16 +262,11 @@ class PPOTrainer(_BaseTrainer):
         if progress.runaway == RUNAWAY_ROLLOUTS:
             raise StageError(
                 f"ppo: completions run away: {stop_rate:.0%} end their turn, {progress.first_stop_rate:.0%} did at the "
-                f"start. Raise ppo.missing_eos_penalty={self.args.missing_eos_penalty:g} or "
-                f"ppo.kl_coef={self.args.kl_coef:g}, or check whether the reward model favours length"
+                f"start. Raise ppo.missing_eos_penalty={self.config.missing_eos_penalty:g} or "
+                f"ppo.kl_coef={self.config.kl_coef:g}, or check whether the reward model favours length"
             )
 
     # ---- checkpoints and export
-
-    def is_checkpoint(self, rollout: int) -> bool:
-        steps = self.args.num_ppo_epochs * self.args.num_mini_batches
-        asked = zero.heard(self.run) != notice.NOTHING
-        return asked or rollout % max(1, self.args.checkpoint_every // steps) == 0
 
     def save_checkpoint(self, rollout: int) -> None:
         """Policy, critic, both optimisers and schedules, KL controller; the rollout's number is the data position."""

@@ -68,7 +68,11 @@ def sample(config: RankConfig, run: Run) -> None:
     from serving.engine.torch_engine import TorchEngine
     from serving.model_folder import load_causal_lm
 
-    model, tokenizer = load_causal_lm(config.model or run.of("sft").model)
+    folder = config.model or str(run.of("sft").model)
+    try:
+        model, tokenizer = load_causal_lm(folder)
+    except ValueError as error:
+        raise StageError(f"rank.model={folder}: {error}") from error
     engine = TorchEngine(model.to(run.device), tokenizer, max_num_seqs=SAMPLED_AT_ONCE)
     room = engine.max_model_len - config.max_new_tokens
     prompts = choose_prompts(config, run, lambda prompt: len(encode_prompt(tokenizer, prompt.messages)) <= room)
@@ -117,7 +121,15 @@ def choose_prompts(config: RankConfig, run: Run, fits: Callable[[Prompt], bool])
         if fits(prompt):
             chosen.append(prompt)
     if not chosen:
-        raise DataError(f"rank.prompts={config.prompts}: no prompt leaves room for {config.max_new_tokens} new tokens")
+        raise DataError(
+            f"rank.prompts={config.prompts}: none of {len(shuffled)} prompts leaves room for "
+            f"rank.max_new_tokens={config.max_new_tokens} in the model's context: lower it, or give shorter prompts"
+        )
+    if len(chosen) < config.num_prompts:
+        run.note(
+            f"rank.num_prompts={config.num_prompts} are asked for: {len(shuffled)} different ones are there to learn "
+            f"from, and {len(chosen)} of them leave room for a completion"
+        )
     return chosen
 
 

@@ -29,6 +29,23 @@ from training.config import (
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# What each stage reads of the stages before it, where its config does not name another model.
+PARENTS: dict[str, dict[str, str | None]] = {
+    "tokenizer": {},
+    "pretrain": {"tokenizer": None},
+    "sft": {"pretrain": "model"},
+    "rank": {"sft": "model"},
+    "reward": {"sft": "model", "rank": "rankings"},
+    "ppo": {"sft": "model", "reward": "reward_model"},
+    "translation": {},
+    "image_vae": {},
+    "image": {"image_vae": "vae"},
+    "evaluate": dict.fromkeys(("pretrain", "sft", "reward", "ppo", "translation", "image"), None),
+}
+# Fields that name a model, and those that name data, of any stage.
+MODELS = ("model", "reward_model", "vae", "text_encoder")
+SOURCES = ("text", "chats", "prompts", "rankings", "pairs", "images")
+
 
 class Recipe(StageConfig):
     """A whole run: its stages in order, and where they run."""

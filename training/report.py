@@ -14,10 +14,10 @@ from typing import Any
 from training import figures, report_image, report_tables, report_translation
 from training.data.prompts import as_messages
 from training.page import Html, document, join, section, table, tag
-from training.pipeline import PARENTS, describe_run
-from training.recipe import STAGES, Recipe
+from training.recipe import PARENTS, STAGES, Recipe
 from training.report_tables import Json, duration, number
 from training.run import Run, read_jsonl, write_atomic
+from training.runs import describe_run
 
 LOOKED_AT = 50  # rankings, of which the one with the clearest order is shown
 

@@ -6,7 +6,8 @@ of a prompt in one batch, as the paper has it. Leaves out: margins, more than on
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from training import zero
 from training.config import RewardConfig
 from training.data.rankings import Ranking, read_rankings
 from training.data.split import split
+from training.pretrained import length_limit, pretrained
 from training.run import Run, StageError
 from training.tokenizer import encode_completion, encode_prompt
-from training.trainer import fit, length_limit, peft_config, trainer_arguments
+from training.trainer import fit, peft_config, trainer_arguments
 
 HELD_OUT = 0.1  # of the rankings, by prompt, beside the recipe's held-out conversations
 CHANCE = 0.5
@@ -36,13 +38,19 @@ def run(config: RewardConfig, run: Run) -> None:
     zero.init_distributed(run.device)
     zero.seed_everything(run.seed)
     start = config.model or str(run.of("sft").model)
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = pretrained(AutoTokenizer, "reward.model", start)
     padding = with_pad_of_its_own(tokenizer)
-    max_length = length_limit(config.max_length, start)
+    max_length = length_limit(config.max_length, "reward.model", start)
     sources = config.rankings or [str(run.of("rank").folder / "rankings.jsonl")]
     training, held_out = split(read_rankings(sources), run.seed + 1, HELD_OUT)
-    if not held_out:
-        raise StageError(f"reward.rankings: {len(training)} rankings leave none to hold out; give more")
+    kept, kept_out = fitting(training, tokenizer, max_length), fitting(held_out, tokenizer, max_length)
+    run.note(f"{len(kept)} of {len(training)} rankings have an order that fits {max_length} tokens")
+    for name, some, of in (("learn from", kept, training), ("hold out", kept_out, held_out)):
+        if not some:
+            raise StageError(
+                f"reward.rankings: none to {name}: of {len(of)} none has a pair that fits max_length={max_length}; "
+                "give more, or raise reward.max_length"
+            )
     trainer = RankingTrainer(
         model=load_reward_model(start, padding),
         args=TRLRewardConfig(
@@ -51,20 +59,21 @@ def run(config: RewardConfig, run: Run) -> None:
             remove_unused_columns=False,
         ),
         data_collator=RankingCollator(padding.pad_token_id),
-        train_dataset=tokenize(training, tokenizer, max_length, run.note),
+        train_dataset=Dataset.from_list(tokenize(kept, tokenizer)),
         processing_class=padding,
         peft_config=peft_config(config.lora, "SEQ_CLS", modules_to_save=["score"]),
     )
     fit(trainer, run)
 
-    rows = tokenize(held_out, tokenizer, max_length)
+    rows = tokenize(kept_out, tokenizer)
     scores = [trainer.score(row["completions"]) for row in rows]
-    accuracy = pair_accuracy(scores, [row["ranking"] for row in rows])
+    counts = [pairs_right(score, row["ranking"]) for score, row in zip(scores, rows, strict=True)]
+    right, pairs = (sum(column) for column in zip(*counts, strict=True))
+    accuracy = right / pairs
     flat = torch.cat(scores)
     step = trainer.state.max_steps
     about = {"reward_mean": flat.mean().item(), "reward_std": flat.std().item(), "accuracy": accuracy}
     run.log(step, step, **{f"val_{name}": value for name, value in about.items()})
-    pairs = sum(len(r) * (len(r) - 1) // 2 for r in (row["ranking"] for row in rows))
     if accuracy <= CHANCE + 2 * math.sqrt(CHANCE * (1 - CHANCE) / pairs):
         raise StageError(
             f"reward: {accuracy:.2f} of {pairs} held-out pairs are ordered right, which may be chance: give more "
@@ -89,8 +98,14 @@ def with_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 
 def load_reward_model(start: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model with a head of zeros in place of the vocabulary's: every reward is 0, every pair's loss ln 2."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        start, num_labels=1, dtype="float32", use_safetensors=True, pad_token_id=tokenizer.pad_token_id
+    model = pretrained(
+        AutoModelForSequenceClassification,
+        "reward.model",
+        start,
+        num_labels=1,
+        dtype="float32",
+        use_safetensors=True,
+        pad_token_id=tokenizer.pad_token_id,
     )
     if not _is_reward_model(start):
         torch.nn.init.zeros_(model.score.weight)
@@ -110,42 +125,41 @@ def ranking_loss(scores: torch.Tensor, ranking: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(margins[better]).mean()
 
 
-def pair_accuracy(scores: Sequence[torch.Tensor], rankings: Sequence[Sequence[int]]) -> float:
-    """The part of all pairs that are not tied in their ranking which the scores put in the same order."""
-    right = total = 0.0
-    for score, ranking in zip(scores, rankings, strict=True):
-        ranks = torch.tensor(ranking, device=score.device)
-        better = ranks[:, None] < ranks[None, :]
-        margins = (score[:, None] - score[None, :])[better]
-        right += (margins > 0).sum().item() + 0.5 * (margins == 0).sum().item()
-        total += margins.numel()
-    return right / total
+def pairs_right(scores: torch.Tensor, ranking: Sequence[int]) -> tuple[float, int]:
+    """Of the pairs of one ranking that are not tied: how many the scores order right, equal scores half, and how many
+    there are.
+
+    scores: [K]; ranking: K ranks, 1 best.
+    """
+    ranks = torch.tensor(ranking, device=scores.device)
+    margins = (scores[:, None] - scores[None, :])[ranks[:, None] < ranks[None, :]]
+    return (margins > 0).sum().item() + 0.5 * (margins == 0).sum().item(), margins.numel()
 
 
 # ---- data
 
 
-def tokenize(
-    rankings: Sequence[Ranking],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    say: Callable[[str], None] = print,
-) -> Dataset:
-    """`completions` ([K] lists of prompt and completion ids) and `ranking` ([K]) of every ranking that has an order.
+def fitting(rankings: Iterable[Ranking], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Ranking]:
+    """Rankings without the completions that are too long for the reward model; those left without a pair drop out."""
+    kept = []
+    for ranking in rankings:
+        prompt = len(encode_prompt(tokenizer, ranking.prompt))
+        fits = [prompt + len(encode_completion(tokenizer, text)) <= max_length for text in ranking.completions]
+        texts = [text for text, fit in zip(ranking.completions, fits, strict=True) if fit]
+        ranks = [rank for rank, fit in zip(ranking.ranks, fits, strict=True) if fit]
+        if len(set(ranks)) > 1:
+            kept.append(replace(ranking, completions=texts, ranks=ranks))
+    return kept
 
-    Completions that do not fit `max_length` leave their ranking. Raises StageError where no ranking is left.
-    """
+
+def tokenize(rankings: Iterable[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """`completions` ([K] lists of prompt and completion ids) and `ranking` ([K]) of every ranking."""
     rows = []
     for r in rankings:
         prompt = encode_prompt(tokenizer, r.prompt)
-        ids = [prompt + encode_completion(tokenizer, completion) for completion in r.completions]
-        kept = [(c, rank) for c, rank in zip(ids, r.ranks, strict=True) if len(c) <= max_length]
-        if len({rank for _, rank in kept}) > 1:
-            rows.append({"completions": [c for c, _ in kept], "ranking": [rank for _, rank in kept]})
-    if not rows:
-        raise StageError(f"reward.max_length={max_length}: none of {len(rankings)} rankings has a pair that fits")
-    say(f"{len(rows)} of {len(rankings)} rankings have an order that fits {max_length} tokens")
-    return Dataset.from_list(rows)
+        completions = [prompt + encode_completion(tokenizer, text) for text in r.completions]
+        rows.append({"completions": completions, "ranking": r.ranks})
+    return rows
 
 
 class RankingCollator:
@@ -182,8 +196,9 @@ class RankingTrainer(RewardTrainer):
         groups = [inputs["group"] == g for g in inputs["group"].unique()]
         loss = torch.stack([ranking_loss(scores[g], inputs["ranking"][g]) for g in groups]).mean()
         with torch.no_grad():
-            accuracy = pair_accuracy([scores[g] for g in groups], [inputs["ranking"][g].tolist() for g in groups])
-        self._metrics["train"]["accuracy"].append(accuracy)
+            counts = [pairs_right(scores[g], inputs["ranking"][g].tolist()) for g in groups]
+        right, pairs = (sum(column) for column in zip(*counts, strict=True))
+        self._metrics["train"]["accuracy"].append(right / pairs)
         self._metrics["train"]["mean_reward"].append(scores.mean().item())
         return (loss, {"rewards": scores}) if return_outputs else loss
 

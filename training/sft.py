@@ -4,7 +4,7 @@ The loss is on the assistant's tokens alone, its turn end among them. Leaves out
 is trimmed per batch), tools, images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -17,9 +17,10 @@ from training import zero
 from training.config import SFTConfig
 from training.data.chats import Chat, read_chats
 from training.data.split import split
+from training.pretrained import length_limit, pretrained
 from training.run import Run, StageError
 from training.tokenizer import CHATML, CHATML_MARKED
-from training.trainer import fit, length_limit, peft_config, trainer_arguments
+from training.trainer import fit, peft_config, trainer_arguments
 
 VAL_CHATS = 256  # of the held-out ones, for the validation loss
 
@@ -29,21 +30,30 @@ def run(config: SFTConfig, run: Run) -> None:
     zero.init_distributed(run.device)
     zero.seed_everything(run.seed)
     start = config.model or str(run.of("pretrain").model)
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = pretrained(AutoTokenizer, "sft.model", start)
     template = training_template(tokenizer, start)
-    max_length = length_limit(config.max_length, start)
+    max_length = length_limit(config.max_length, "sft.model", start)
     chats, counts = read_chats(config.chats)
     training, held_out = split(chats, run.seed, run.val_fraction)
     run.note(f"chats: {counts}; {len(training)} to learn from, {len(held_out)} held out")
+    rows, cut = tokenize(training, tokenizer, max_length, template)
+    run.note(f"{len(rows)} of {len(training)} chats fit {max_length} tokens, {cut} of them without their end")
+    if not rows:
+        raise StageError(
+            f"sft.max_length={max_length}: none of {len(training)} chats fits; raise it or shorten the chats"
+        )
+    validation, _ = tokenize(held_out[:VAL_CHATS], tokenizer, max_length, template)
+    if held_out and not validation:
+        run.note(f"none of the chats held out fits {max_length} tokens: there is no validation loss")
     arguments = TRLSFTConfig(
         **trainer_arguments(config, run, config.num_train_epochs),
         max_length=None,  # tokenize() has cut whole turns already
     )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(start, dtype="float32", use_safetensors=True),
+        model=pretrained(AutoModelForCausalLM, "sft.model", start, dtype="float32", use_safetensors=True),
         args=arguments,
-        train_dataset=tokenize(training, tokenizer, max_length, template, run.note),
-        eval_dataset=tokenize(held_out[:VAL_CHATS], tokenizer, max_length, template) if held_out else None,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(validation) if validation else None,
         processing_class=tokenizer,
         peft_config=peft_config(config.lora, "CAUSAL_LM"),
     )
@@ -74,20 +84,15 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     template: str | None = None,
-    say: Callable[[str], None] = print,
-) -> Dataset:
-    """`input_ids` and `assistant_masks` of every chat, which loses whole exchanges from its end until it fits.
+) -> tuple[list[dict[str, Any]], int]:
+    """`input_ids` and `assistant_masks` of every chat that fits, and how many of these lost their end for it.
 
-    `template`: a chat template with {% generation %} marks, where the tokenizer's own has none. Raises StageError where
-    nothing fits.
+    A chat loses whole exchanges from its end until it fits. `template`: a chat template with {% generation %} marks,
+    where the tokenizer's own has none.
     """
     fitted = [_fitted(chat, tokenizer, max_length, template) for chat in chats]
     rows = [row for row in fitted if row]
-    if not rows:
-        raise StageError(f"sft.max_length={max_length}: none of {len(chats)} chats fits; raise it or shorten the chats")
-    cut = sum(row.pop("is_cut") for row in rows)
-    say(f"{len(rows)} of {len(chats)} chats fit {max_length} tokens, {cut} of them without their end")
-    return Dataset.from_list(rows)
+    return rows, sum(row.pop("is_cut") for row in rows)
 
 
 def _fitted(

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from deepspeed import DeepSpeedEngine
 from peft import LoraConfig as PeftLoraConfig
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from training import disks, notice, zero
 from training.config import LoraConfig, TrainingConfig
@@ -59,11 +59,6 @@ def peft_config(lora: LoraConfig | None, task_type: str, **extra: Any) -> PeftLo
     return PeftLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type=task_type, **extra
     )
-
-
-def length_limit(max_length: int, start: str) -> int:
-    """`max_length`, or what the model at `start` was made for where that is less."""
-    return min(max_length, getattr(AutoConfig.from_pretrained(start), "max_position_embeddings", None) or max_length)
 
 
 def fit(trainer: Trainer, run: Run) -> None:

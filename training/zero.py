@@ -23,7 +23,7 @@ from training import disks, mirror, notice
 from training.config import StageConfig, TrainingConfig, TranslationConfig
 from training.copies import local_copy
 from training.device import ENVIRONMENT, backend
-from training.pipeline import MODELS, PARENTS
+from training.recipe import MODELS, PARENTS
 from training.run import Run, StageInterrupted, commit_folder, folder_atomic, save_model
 from training.store import is_uri
 
@@ -169,9 +169,12 @@ def sum_over_workers(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def checkpoint_is_due(config: Config, run: Run, taken: int, steps: int) -> bool:
-    """Whether to save after `taken` of `steps` steps: in its turn, or because somebody asked; all ranks call it."""
-    return taken < steps and (heard(run) != notice.NOTHING or taken % config.checkpoint_every == 0)
+def checkpoint_is_due(config: Config, run: Run, taken: int, total: int, steps_each: int = 1) -> bool:
+    """Whether to save after `taken` of `total` rounds of so many optimiser steps: in its turn, or because somebody
+    asked; all ranks call it. Not after the last one: what it leaves is the model.
+    """
+    every = max(1, config.checkpoint_every // steps_each)
+    return taken < total and (heard(run) != notice.NOTHING or taken % every == 0)
 
 
 def heard(run: Run) -> int:
