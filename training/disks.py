@@ -18,8 +18,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # Ray sees by itself when a worker is dead
 
 
-def keeps_disk(run: Run) -> bool:
-    """Whether this rank is the first of those that see its disk, all of them where the run has no store.
+def is_first_on_disk(run: Run) -> bool:
+    """Whether this rank is the lowest of those that share its disk: rank 0 alone where the run has no store.
 
     All ranks call it.
     """
@@ -42,7 +42,7 @@ def _is_first_here(run: Run) -> bool:
     return first == run.rank
 
 
-def on_each_disk(run: Run, make: Callable[[], T]) -> list[T]:
+def once_per_disk(run: Run, make: Callable[[], T]) -> list[T]:
     """What `make` returns on one rank of every disk; all ranks call it, and what it raises is raised on every one.
 
     Only StageError and StoreError travel so: without it the others would wait for a rank that has given up.
@@ -50,7 +50,7 @@ def on_each_disk(run: Run, make: Callable[[], T]) -> list[T]:
     made: list[T] = []
     failed: ValueError | None = None
     patient = _patient() if dist.is_initialized() else None
-    if keeps_disk(run):
+    if is_first_on_disk(run):
         try:
             made.append(make())
         except (StageError, StoreError) as error:
@@ -62,7 +62,7 @@ def on_each_disk(run: Run, make: Callable[[], T]) -> list[T]:
 
 
 def on_rank_0(run: Run, make: Callable[[], T]) -> T | None:
-    """What `make` returns on rank 0, None elsewhere; for the rest as `on_each_disk`."""
+    """What `make` returns on rank 0, None elsewhere; for the rest as `once_per_disk`."""
     made: T | None = None
     told: list[ValueError | None] = [None]
     patient = _patient()
@@ -79,7 +79,7 @@ def on_rank_0(run: Run, make: Callable[[], T]) -> T | None:
 
 def store_checkpoint(run: Run, step: int, written: Path) -> None:
     """Every disk sends its part; when all are there rank 0 makes them the newest checkpoint. All ranks call it."""
-    parts = on_each_disk(run, lambda: mirror.upload_checkpoint(run, step, written))
+    parts = once_per_disk(run, lambda: mirror.upload_checkpoint(run, step, written))
     index = {path: entry for part in parts for path, entry in part.items()}
     assert len(index) == sum(map(len, parts)), "two disks have parts of one name"
     on_rank_0(run, lambda: mirror.commit_checkpoint(run, step, index))

@@ -55,7 +55,7 @@ class Recipe(StageConfig):
     workers: int | str = 1  # 2..8: as many as there is room for
     device: Literal["auto", "cpu", "cuda"] = "auto"
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05  # held out of every stage: documents, chats, prompts
-    # Variables whose values `submit` takes along.
+    # Environment variables that `submit` forwards to the job; their values are written nowhere.
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]] = Field(default_factory=list)
     tokenizer: TokenizerConfig | None = None
     pretrain: PretrainConfig | None = None

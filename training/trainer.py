@@ -66,7 +66,7 @@ def fit(trainer: Trainer, run: Run) -> None:
     latest = run.latest_checkpoint()
     run.rewind(latest[0] if latest else 0)
     if latest and zero.is_resized(run):
-        disks.on_each_disk(run, lambda: zero.make_universal(latest[1], (latest[1] / "latest").read_text()))
+        disks.once_per_disk(run, lambda: zero.make_universal(latest[1], (latest[1] / "latest").read_text()))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_RunCallback(trainer, run))
     trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)

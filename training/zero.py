@@ -127,13 +127,13 @@ def on_first(run: Run, make: Callable[[], T]) -> T | None:
 
     made = disks.on_rank_0(run, make_and_send)
     if run.store:
-        disks.on_each_disk(run, lambda: mirror.pull_prepared(run) if run.rank else None)
+        disks.once_per_disk(run, lambda: mirror.pull_prepared(run) if run.rank else None)
     return made
 
 
 @contextmanager
 def mirrored(config: StageConfig, run: Run) -> Iterator[StageConfig]:
-    """Around a stage on every worker: before it, this disk gets what the run's store has; after it, the reverse.
+    """Around a stage on every worker: what the run's store has is downloaded before it, and results uploaded after it.
 
     Yields the config with the models that it names by URIs as folders of this disk. Raises StoreError.
     """
@@ -144,14 +144,14 @@ def mirrored(config: StageConfig, run: Run) -> Iterator[StageConfig]:
         return
     if run.workers > 1:
         init_distributed(run.device)
-    disks.on_each_disk(run, lambda: mirror.pull_stage(run, PARENTS[run.stage]))
+    disks.once_per_disk(run, lambda: mirror.pull_stage(run, PARENTS[run.stage]))
     try:
         with mirror.sending_files(run) if run.rank == 0 else nullcontext():
             yield config
             if run.rank == 0:
                 mirror.push_results(run)
     finally:
-        if disks.keeps_disk(run):
+        if disks.is_first_on_disk(run):
             mirror.push_logs(run)
 
 
@@ -193,7 +193,7 @@ def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> None:
     Each rank's random state goes along. The checkpoint before it is deleted once the new one is there.
     """
     temporary = run.checkpoints / "writing.tmp"
-    if disks.keeps_disk(run):
+    if disks.is_first_on_disk(run):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
@@ -212,7 +212,7 @@ def adopt_checkpoint(run: Run, step: int, written: Path) -> None:
     barrier()
     if run.store:
         disks.store_checkpoint(run, step, written)
-    if disks.keeps_disk(run):
+    if disks.is_first_on_disk(run):
         final = run.checkpoint_path(step)
         commit_folder(written, final)
         for other in run.checkpoints.glob("step-*"):
@@ -241,7 +241,7 @@ def load(engine: Any, folder: Path, tag: str, run: Run) -> None:
     if not engine.load_universal_checkpoint():
         engine.load_checkpoint(str(folder), tag=tag)
         return
-    disks.on_each_disk(run, lambda: make_universal(folder, tag))
+    disks.once_per_disk(run, lambda: make_universal(folder, tag))
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(folder), tag=UNIVERSAL)
     mend_universal(engine, decays)
