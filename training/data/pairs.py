@@ -6,7 +6,6 @@ the same id fall on the same side of the split; without one, those with the same
 
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from serving.translation.scripts import script_of
-from training.data.records import DataError, Fields
+from training.data.records import DataError, Fields, plain
 from training.data.sources import read, record_key
 from training.data.split import normalised, split, unseen
 
@@ -164,4 +163,4 @@ def _key(by_language: Fields, language: str) -> str:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: must be a text, not {value!r}")
-    return " ".join(unicodedata.normalize("NFC", value).split())
+    return plain(value)
