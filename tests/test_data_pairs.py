@@ -159,6 +159,12 @@ def test_held_out_pairs_share_no_side_with_training(tmp_path):
     assert sides.dropped["in training too"] > 0 and len(sides.validation) <= len(sides.test)
 
 
+def test_too_few_pairs_are_refused_with_what_was_left_out(tmp_path):
+    said = r"translation\.pairs: 2 to learn from and 0 held out .*val_fraction than 0\.01 \(left out: 1 identical\)"
+    with pytest.raises(DataError, match=said):
+        read_sides([str(write(tmp_path / "x.tsv", "Ja\tYes\nNein\tNo\nOK\tOK\n"))], "de", "en", 1, 0.01)
+
+
 def test_the_split_does_not_depend_on_the_other_sources(tmp_path):
     paths = [write(tmp_path / f"{n}.tsv", "".join(f"{n} Wort {i}\tword {n}{i}\n" for i in range(100))) for n in "ab"]
     alone, both = (read_sides([str(p) for p in chosen], "de", "en", 3, 0.2) for chosen in (paths[:1], paths))

@@ -254,7 +254,7 @@ def test_the_tokenizer_gives_every_text_back_and_one_token_to_a_word_wherever_it
 
 
 REFUSED = {
-    "a batch that holds no pair": ({"batch_tokens": 100, "max_length": 64}, "batch_tokens=100 does not hold one pair"),
+    "a batch that holds no pair": ({"batch_tokens": 100, "max_length": 64}, "batch_tokens to at least 128"),
     "one language": ({"target_language": "DE"}, "target_language='DE' is the source language"),
     "no language": ({"source_language": "German!"}, "source_language='German!'"),
     "adapters of nothing": ({"lora": {}}, "lora adapts a model that is there"),

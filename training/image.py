@@ -30,7 +30,7 @@ from serving.image.encoding import encode
 from serving.image.sampling import draw, micro_conditions
 from training import diffusion_math as maths
 from training import zero
-from training.config import ImageConfig
+from training.config import ImageConfig, nearest_multiple
 from training.data.pictures import Pictures
 from training.data.split import normalised
 from training.data.turns import Turns, chance, mine
@@ -378,7 +378,7 @@ def _of_one_shape(sizes: Sequence[tuple[int, int]], count: int) -> Iterator[list
 
 def params_of(config: ImageConfig, parts: Components) -> ImageParams:
     """How the stage's model is drawn unless a request says otherwise."""
-    side = max(parts.multiple, round(config.resolution / parts.multiple) * parts.multiple)
+    side = nearest_multiple(config.resolution, parts.multiple)
     return ImageParams(side, side, config.num_inference_steps, config.guidance_scale)
 
 

@@ -32,11 +32,13 @@ def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
     """
     train, val = run.folder / "train", run.folder / "val"
     training, validating = captioned_sides(config, run)
+    name = f"{run.stage}.images"
     bad: list[str] = []
     if not train.exists():
-        bad += write_pictures(training, config.resolution, multiple, train)
+        bad += write_pictures(training, config.resolution, multiple, train, f"{name}, to learn from")
     if not val.exists():
-        bad += write_pictures(validating, config.resolution, multiple, val, seen=frozenset(Pictures(train).hashes))
+        seen = frozenset(Pictures(train).hashes)
+        bad += write_pictures(validating, config.resolution, multiple, val, f"{name}, held out", seen)
     if bad:
         run.note(f"{len(bad)} pictures cannot be decoded and were skipped, the first: {bad[0]}")
     run.note(f"{len(Pictures(train))} pictures to learn from, {len(Pictures(val))} held out")
@@ -56,7 +58,7 @@ def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], 
         training, validating = split(records, run.seed, run.val_fraction)
     if not training or not validating:
         raise DataError(
-            f"images: {len(training)} pictures to learn from and {len(validating)} held out are too few; "
+            f"{run.stage}.images: {len(training)} pictures to learn from and {len(validating)} held out are too few; "
             f"give more, or another val_fraction than {run.val_fraction}"
         )
     return training, validating

@@ -67,10 +67,18 @@ def read_sides(
     apart = unseen(held_out, training, by=lambda pair: pair.target)
     dropped["in training too"] = len(pairs) - len(training) - len(apart)
     if not training or len(apart) < 2:
-        raise DataError(f"pairs: {len(training)} to learn from and {len(apart)} held out are too few; {dropped}")
+        raise DataError(
+            f"translation.pairs: {len(training)} to learn from and {len(apart)} held out are too few; give more, or "
+            f"another val_fraction than {val_fraction} (left out: {counted(dropped) or 'none'})"
+        )
     random.Random(seed).shuffle(apart)
     count = min(VAL_PAIRS, len(apart) // 2)
     return Sides(training, apart[:count], apart[count:], dropped, script)
+
+
+def counted(dropped: dict[str, int]) -> str:
+    """`dropped` of `Sides` in words; empty where nothing was."""
+    return ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
 
 
 # ---- cleaning
