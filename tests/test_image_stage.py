@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from workers import two_workers
 
 from serving.image.components import load_components
-from training import image, image_vae, zero
+from training import image, image_data, image_vae, zero
 from training.config import ConfigError, ImageConfig, ImageVaeConfig
 from training.data.pictures import Pictures
+from training.image_data import Data, digest_of
 from training.image_parts import fresh_scheduler, fresh_unet, load_text_encoder
 from training.measure_image import measure_image
-from training.picture_stage import cached
+from training.picture_stage import cached, fetched
 from training.recipe import load_recipe, shipped_recipes
 from training.run import Run, StageError
 
@@ -192,13 +193,16 @@ def test_chains_are_trained_too(make_run, prediction):
     assert load_components(run.model).scheduler.config.prediction_type == prediction
 
 
-def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make_run, tmp_path):
+def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make_run, tmp_path, monkeypatch):
     parts = load_components(tiny_folder(tmp_path / "start", encoder="bert"))
     folder = tmp_path / "bert"
     parts.text_encoder.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
     config, run = make_run(text_encoder=str(folder))
+    digested = []
+    monkeypatch.setattr(image_data, "digest_of", lambda module: digested.append(module) or digest_of(module))
     image.run(config, run)
+    assert len(digested) == 2  # the autoencoder and the text encoder, for both sides
     before, _ = load_text_encoder(str(folder), 12)
     after = load_components(run.model)
     assert after.text_encoder.config.use_attention_mask and after.tokenizer.model_max_length == 12
@@ -260,7 +264,7 @@ def test_of_runs_that_want_the_same_latents_one_makes_them(make_run, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1 and (cached(run, "latents", ["x"], write) / "it").exists()
+    assert len(made) == 1 and (fetched(run, cached(run, "latents", ["x"], write)) / "it").exists()
 
 
 def test_captions_that_are_cut_are_counted(make_run):
@@ -301,20 +305,20 @@ def test_latents_are_known_by_the_weights_and_settings_that_made_them(tmp_path):
     start = tiny_folder(tmp_path / "start")
     one, same, other = (load_components(start).vae for _ in range(3))
     other.register_to_config(scaling_factor=2 * one.config.scaling_factor)
-    assert image.digest_of(one) == image.digest_of(same) != image.digest_of(other)
+    assert digest_of(one) == digest_of(same) != digest_of(other)
     with torch.no_grad():
         next(same.parameters()).add_(1.0)
-    assert image.digest_of(one) != image.digest_of(same)
+    assert digest_of(one) != digest_of(same)
     one.save_pretrained(tmp_path / "elsewhere")
-    assert image.digest_of(AutoencoderKL.from_pretrained(tmp_path / "elsewhere")) == image.digest_of(one)
+    assert digest_of(AutoencoderKL.from_pretrained(tmp_path / "elsewhere")) == digest_of(one)
 
 
 def test_captions_are_dropped_as_often_as_is_said(make_run):
     config, run = make_run(caption_dropout=0.5)
     image._prepare(config, run)
-    data = image.Data(config, run, image.components(config, run), "train")
+    data = Data(run, "train")
     nothing, something = data.captions([0, 0], [True, False])["input_ids"]
-    assert data._captions[0] == "" and torch.equal(nothing, data._ids[0]) and not torch.equal(nothing, something)
+    assert data._row[""] == 0 and nothing.tolist() == data._ids[0].tolist() and not torch.equal(nothing, something)
     dropped = []
     data.captions = lambda indices, drop: dropped.extend(drop) or 1 / 0  # type: ignore[method-assign]
     objective = image.objective_of(fresh_scheduler(config), config)
@@ -350,7 +354,8 @@ def test_what_is_wrong_is_told_before_anything_is_trained(make_run, make_vae_run
 
 BY_NAME = """
 from training.config import ImageConfig
-from training.image import components, digest_of
+from training.image import components
+from training.image_data import digest_of
 from training.image_parts import load_vae
 from training.run import StageError
 
@@ -370,7 +375,7 @@ for make, named in ((components, {"model": "owner/%s"}), (load_vae, {"vae": "own
 def test_a_pipeline_and_an_autoencoder_may_be_the_hubs(tmp_path):
     """Out of the cache where the hub's client puts them; what is not there is named."""
     start = tiny_folder(tmp_path / "start")
-    digest, commit = image.digest_of(load_components(start).vae), "0" * 40
+    digest, commit = digest_of(load_components(start).vae), "0" * 40
     repository = tmp_path / "hf" / "hub" / "models--owner--here"
     shutil.copytree(start, repository / "snapshots" / commit)
     for file in (start / "vae").iterdir():  # one repository is both here

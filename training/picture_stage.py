@@ -90,15 +90,27 @@ def norm_groups(channels: Sequence[int]) -> int:
     return max(1, min(32, math.gcd(*channels) // 4))
 
 
-def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:
-    """A folder that every run beside this one finds again: what `write` made of `parts`, which identify its content."""
+def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None]) -> str:
+    """A folder that every run beside this one finds again: what `write` made of `parts`, which identify its content.
+
+    Returns its name, for `fetched`.
+    """
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = run.root.parent / ".cache" / kind / digest
-    with locked(folder.with_name(f"{folder.name}.making")):  # by one of the runs that want it
+    name = f".cache/{kind}/{digest}"
+    folder = run.root.parent / name
+    with locked(folder.with_name(f"{digest}.making")):  # by one of the runs that want it
         if not mirror.pull_shared(run, folder):
             with folder_atomic(folder) as temporary:
                 write(temporary)
             mirror.push_shared(run, folder)
+    return name
+
+
+def fetched(run: Run, name: str) -> Path:
+    """Where a folder that is `cached` lies on this worker's disk."""
+    folder = run.root.parent / name
+    there = mirror.pull_shared(run, folder)
+    assert there, f"{folder} was not left by the first worker"
     return folder
 
 

@@ -5,7 +5,6 @@ last validations' weights up to the best one (Vaswani et al. 2017, 6.1).
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from training import zero
 from training.config import TranslationConfig
 from training.data.pairs import Pair
 from training.measure_translation import chrf, translated
-from training.run import Run, save_model
+from training.run import Run, file_atomic, save_model
 
 Weights = dict[str, torch.Tensor]  # parameters by name
 
@@ -56,7 +55,7 @@ class Validation:
         if self._run.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.iterdir():
-                if _step_of(path) > step:
+                if path.suffix == ".tmp" or _step_of(path) > step:  # a kill left the first
                     path.unlink()
         zero.barrier()
 
@@ -145,8 +144,5 @@ def _step_of(path: Path) -> int:
 
 def _save(weights: Weights, path: Path) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f"writing-{_step_of(path)}.tmp")
-    save_file(weights, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with file_atomic(path) as temporary:
+        save_file(weights, temporary)
