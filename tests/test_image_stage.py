@@ -193,6 +193,45 @@ def test_chains_are_trained_too(make_run, prediction):
     assert load_components(run.model).scheduler.config.prediction_type == prediction
 
 
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v_prediction"])
+def test_what_is_predicted_leads_the_fresh_scheduler_to_the_data(make_run, prediction):
+    """Drawing with a model that has learnt one picture perfectly."""
+    config, _ = make_run(prediction=prediction)
+    scheduler = fresh_scheduler(config)
+    objective = image.objective_of(scheduler, config)
+    x0, xt = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    scheduler.set_timesteps(20)
+    for t in scheduler.timesteps:
+        time = t / 1000 if prediction == "flow" else t
+        alpha, sigma = 1 - time, time
+        if prediction != "flow":
+            alpha, sigma = (scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5)
+        noised, target, timesteps, _ = objective.noisy(x0, (xt - alpha * x0) / sigma, time.reshape(1))
+        assert torch.allclose(noised, xt, atol=1e-4) and timesteps.item() == pytest.approx(t.item(), abs=1e-3)
+        xt = scheduler.step(target, t, xt).prev_sample
+    assert torch.allclose(xt, x0, atol=0.1)  # a chain's last step leaves noise of variance β_0
+
+
+@pytest.mark.parametrize("t", [1, 100, 999])
+def test_a_fresh_chain_is_drawn_by_bayes_rule(make_run, t):
+    """q(x_{t-1} | x_t, x_0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_0) (Ho et al. 2020, eqs. 6 and 7), on a grid."""
+    scheduler = fresh_scheduler(make_run(prediction="epsilon")[0])
+    scheduler.set_timesteps(1000)
+    x0, xt = torch.tensor([[0.3]]).double(), torch.tensor([[-0.2]]).double()
+    now, before = scheduler.alphas_cumprod[t].double(), scheduler.alphas_cumprod[t - 1].double()
+    beta = 1 - now / before
+    grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    log = -((xt - (1 - beta).sqrt() * grid) ** 2) / (2 * beta) - (grid - before.sqrt() * x0) ** 2 / (2 * (1 - before))
+    weights = torch.softmax(log.flatten(), 0)
+    mean = (weights * grid).sum()
+    deviation = (weights * (grid - mean) ** 2).sum().sqrt()
+    noise = (xt - now.sqrt() * x0) / (1 - now).sqrt()
+    steps = [scheduler.step(noise, t, xt, eta=1.0, variance_noise=torch.full_like(xt, z)) for z in (0.0, 1.0)]
+    ours, beyond = (step.prev_sample.item() for step in steps)
+    assert ours == pytest.approx(mean.item(), abs=1e-4)
+    assert beyond - ours == pytest.approx(deviation.item(), rel=1e-3)
+
+
 def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make_run, tmp_path, monkeypatch):
     parts = load_components(tiny_folder(tmp_path / "start", encoder="bert"))
     folder = tmp_path / "bert"

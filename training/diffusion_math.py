@@ -1,4 +1,4 @@
-"""The mathematics of diffusion as functions of tensors: noising, targets, weights, times, posteriors.
+"""The mathematics of diffusion as functions of tensors: noising, targets, weights, times.
 
 Legend: x0 data, ε ~ N(0, I), xt noised data, all [B, ...]; t [B] steps of a chain, or times in [0, 1] of a flow;
 ᾱ_t = Π (1 - β_s) [T]; α = √ᾱ, σ = √(1 - ᾱ). In a rectified flow α = 1 - t and σ = t.
@@ -14,16 +14,6 @@ NUM_TRAIN_TIMESTEPS = 1000
 # ---- chains: epsilon and v_prediction
 
 
-def scaled_linear_betas(steps: int = NUM_TRAIN_TIMESTEPS, start: float = 0.00085, end: float = 0.012) -> torch.Tensor:
-    """β_t [T], linear in their roots, as Stable Diffusion has them (Rombach et al. 2022, `scaled_linear`)."""
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-
-
-def alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
-    """ᾱ_t = Π_{s ≤ t} (1 - β_s) [T] (Ho et al. 2020, section 2)."""
-    return torch.cumprod(1.0 - betas, dim=0)
-
-
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
     """xt = √ᾱ x0 + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4); `alpha_bar` [B]."""
     alpha_bar = _like(alpha_bar, x0)
@@ -34,26 +24,6 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> 
     """v = √ᾱ ε - √(1 - ᾱ) x0 (Salimans & Ho 2022, appendix D)."""
     alpha_bar = _like(alpha_bar, x0)
     return alpha_bar.sqrt() * noise - (1.0 - alpha_bar).sqrt() * x0
-
-
-def x0_from_epsilon(xt: torch.Tensor, epsilon: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """The data that ε and xt imply (Ho et al. 2020, eq. 15)."""
-    alpha_bar = _like(alpha_bar, xt)
-    return (xt - (1.0 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-
-
-def x0_from_velocity(xt: torch.Tensor, v: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """The data that v and xt imply: √ᾱ xt - √(1 - ᾱ) v (Salimans & Ho 2022, appendix D)."""
-    alpha_bar = _like(alpha_bar, xt)
-    return alpha_bar.sqrt() * xt - (1.0 - alpha_bar).sqrt() * v
-
-
-def posterior(x0: torch.Tensor, xt: torch.Tensor, t: int, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of q(x_{t-1} | xt, x0) (Ho et al. 2020, eqs. 6 and 7); t from 0, where the variance is 0."""
-    bars = alphas_cumprod(betas)
-    now, before, beta = bars[t], bars[t - 1] if t > 0 else torch.ones(()), betas[t]
-    mean = before.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - now) * xt
-    return mean, (1 - before) / (1 - now) * beta
 
 
 def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
@@ -77,11 +47,6 @@ def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch
 def flow(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """dxt/dt = ε - x0, what the network predicts."""
     return noise - x0
-
-
-def x0_from_flow(xt: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The data that the flow and xt imply: xt - t · flow."""
-    return xt - _like(t, xt) * predicted
 
 
 def logit_normal_times(count: int, mean: float, generator: torch.Generator) -> torch.Tensor:
