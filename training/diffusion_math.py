@@ -15,13 +15,13 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """xt = √ᾱ x0 + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4); `alpha_bar` [B]."""
+    """xt [B, ...] = √ᾱ x0 + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4); `alpha_bar` [B]."""
     alpha_bar = _like(alpha_bar, x0)
     return alpha_bar.sqrt() * x0 + (1.0 - alpha_bar).sqrt() * noise
 
 
 def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """v = √ᾱ ε - √(1 - ᾱ) x0 (Salimans & Ho 2022, appendix D)."""
+    """v [B, ...] = √ᾱ ε - √(1 - ᾱ) x0 (Salimans & Ho 2022, appendix D); `alpha_bar` [B]."""
     alpha_bar = _like(alpha_bar, x0)
     return alpha_bar.sqrt() * noise - (1.0 - alpha_bar).sqrt() * x0
 
@@ -29,7 +29,8 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> 
 def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
     """Loss weights [B] that let no time outweigh the others (Hang et al. 2023, eq. 8 and table 1).
 
-    min(SNR, γ) / SNR of an ε loss, min(SNR, γ) / (SNR + 1) of a v loss; SNR = ᾱ / (1 - ᾱ).
+    min(SNR, γ) / SNR of an ε loss, min(SNR, γ) / (SNR + 1) of a v loss; SNR = ᾱ / (1 - ᾱ). `alpha_bar` [B];
+    `prediction`: epsilon or v_prediction.
     """
     snr = alpha_bar / (1.0 - alpha_bar)
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1.0)
@@ -39,13 +40,13 @@ def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction: str) -> to
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """xt = (1 - t) x0 + t ε (Liu et al. 2023, eq. 1, with time from data to noise); `t` [B]."""
+    """xt [B, ...] = (1 - t) x0 + t ε (Liu et al. 2023, eq. 1, with time from data to noise); `t` [B] in [0, 1]."""
     t = _like(t, x0)
     return (1.0 - t) * x0 + t * noise
 
 
 def flow(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """dxt/dt = ε - x0, what the network predicts."""
+    """dxt/dt [B, ...] = ε - x0, what the network predicts (Liu et al. 2023, eq. 1, with time from data to noise)."""
     return noise - x0
 
 
@@ -58,17 +59,26 @@ def logit_normal_times(count: int, mean: float, generator: torch.Generator) -> t
 
 
 def kl_to_standard_normal(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² - 1 - ln σ²) in nats [B] (Kingma & Welling 2014, appendix B)."""
+    """KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² - 1 - ln σ²) in nats [B] (Kingma & Welling 2014, appendix B).
+
+    `mean` and `log_variance` are [B, ...], the sum is over all but B.
+    """
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """½ (mean max(0, 1 - real) + mean max(0, 1 + fake)) of a discriminator's logits (Lim & Ye 2017, eq. 15)."""
+    """½ (mean max(0, 1 - real) + mean max(0, 1 + fake)), a scalar (Lim & Ye 2017, eq. 15).
+
+    `real` and `fake` are a discriminator's logits, of any shape.
+    """
     return 0.5 * ((1.0 - real).relu().mean() + (1.0 + fake).relu().mean())
 
 
 def adversarial_balance(reconstruction: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
-    """λ = |∇ reconstruction| / (|∇ adversarial| + δ), at most 10⁴ (Esser et al. 2021, eq. 7); both of one tensor."""
+    """λ = |∇ reconstruction| / (|∇ adversarial| + δ), a scalar of at most 10⁴ (Esser et al. 2021, eq. 7).
+
+    The arguments are the gradients of the two losses for one and the same tensor.
+    """
     return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=1e4)
 
 
@@ -76,14 +86,21 @@ def adversarial_balance(reconstruction: torch.Tensor, adversarial: torch.Tensor)
 
 
 def cosine_to_zero(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate multiplier of step 0, 1, ...: warm-up, then a half cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    """Learning-rate multiplier at `step`: linear warm-up, then a half cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
+
+    All in optimiser steps; `step` counts from 0, `steps` includes the `warmup`.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """The decay of an average that has seen `step` updates: short at first, so that the start is soon forgotten."""
+    """The decay of an average at optimiser step `step`, counted from 0: min(decay, (1 + step) / (10 + step)).
+
+    Low at first, so that the initial weights are soon forgotten; the ramp is that of TensorFlow's
+    ExponentialMovingAverage with `num_updates`.
+    """
     return min(decay, (1 + step) / (10 + step))
 
 

@@ -47,8 +47,8 @@ def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
 def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], list[Captioned]]:
     """(training side, held-out side), the same for both stages.
 
-    Held out are captions. Where there are few, each of many pictures, to hold one out would be to never learn a kind of
-    things: pictures are held out then.
+    Splits by caption. With few distinct captions (class labels), splitting by caption would remove whole classes from
+    training, so it splits by picture. Raises DataError where a record is wrong, or a side is left empty.
     """
     records = read_captioned(config.images)
     captions = len({normalised(record.caption) for record in records})
@@ -74,7 +74,7 @@ def _split_pictures(records: Sequence[Captioned], run: Run) -> tuple[list[Captio
 
 
 def rate(config: PicturesConfig) -> Callable[[int], float]:
-    """Learning-rate multiplier at optimiser step 0, 1, ..."""
+    """Learning-rate multiplier at optimiser step 0, 1, ...: linear warm-up, then the config's schedule."""
     warmup = round(config.warmup_ratio * config.steps)
     if config.schedule == "constant":
         return lambda step: min(1.0, (step + 1) / (warmup + 1))
@@ -120,7 +120,7 @@ def as_pixels(pictures: np.ndarray, device: torch.device) -> Tensor:
 
 
 def as_pictures(pixels: Tensor) -> np.ndarray:
-    """The way back."""
+    """The way back: [B, 3, H, W], what is beyond -1..1 cut off, to [B, H, W, 3] uint8."""
     return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -128,7 +128,7 @@ def as_pictures(pixels: Tensor) -> np.ndarray:
 
 
 def save(engine: Any, ema: Ema, run: Run, step: int) -> None:
-    """All ranks call it."""
+    """A checkpoint after `step` optimiser steps, averages included; all ranks call it."""
 
     def write(folder: Path) -> None:
         engine.save_checkpoint(str(folder), tag="deepspeed")
@@ -138,7 +138,10 @@ def save(engine: Any, ema: Ema, run: Run, step: int) -> None:
 
 
 def resume(engine: Any, ema: Ema, run: Run) -> int:
-    """The step to go on from."""
+    """Loads the newest checkpoint, averages included; returns the optimiser step to go on from, 0 where there is none.
+
+    All ranks call it.
+    """
     start = zero.resume(engine, run)
     if latest := run.latest_checkpoint():
         ema.load(latest[1], 0 if zero.is_resized(run) else run.rank)  # up to ZeRO-2 every rank has all averages
