@@ -28,6 +28,7 @@ from training.measure_image import measure_image
 from training.picture_stage import cached, fetched
 from training.recipe import load_recipe, shipped_recipes
 from training.run import Run, StageError
+from training.seeds import derived_seed
 
 COLOURS = {"red": (230, 40, 30), "green": (40, 170, 60), "blue": (40, 70, 220), "black": (20, 20, 20)}
 NET = {"channels": [16, 32], "attention_levels": [1], "num_heads": 2, "text_layers": 1, "text_hidden_size": 16}
@@ -363,7 +364,7 @@ def test_captions_are_dropped_as_often_as_is_said(make_run):
     objective = image.objective_of(fresh_scheduler(config), config)
     for step in range(100):
         with pytest.raises(ZeroDivisionError):
-            seeds = [image.chance(3, step, position) for position in range(4)]
+            seeds = [derived_seed(3, step, position) for position in range(4)]
             image._loss(_Engine(), data, objective, [0, 1, 2, 3], seeds, config.caption_dropout)
     assert 0.4 < np.mean(dropped) < 0.6
 

@@ -33,7 +33,7 @@ class Ema:
             self._mean[name].lerp_(tensor.to(self._mean[name].dtype), 1.0 - decay)
 
     @contextmanager
-    def instead(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Inside, the model has the averages for weights."""
         self._swap()
         try:

@@ -26,19 +26,20 @@ from serving.image.sampling import draw, micro_conditions
 from training import diffusion_math as maths
 from training import zero
 from training.config import ImageConfig, nearest_multiple
+from training.data.bucket_sampler import BucketSampler, shard
 from training.data.split import normalised
-from training.data.turns import Turns, chance, mine
 from training.ema import Ema
 from training.image_data import SIDES, Data, captions_are_cached, prepare_data
 from training.image_parts import adapted, check_config, components, merge_adapters, save_pipeline
 from training.picture_stage import captioned_sides, prepare_pictures, rate, resume, save
 from training.run import Run, StageError, folder_atomic, save_model
+from training.seeds import derived_seed
 from training.sheet import write_sheet
 from training.subwords import train_subwords
 
 VOCAB_SIZE = 8000  # of captions, where the text encoder is trained along: at most
 SHOWN = 8  # captions of each side that the sheets are drawn from, where the config names none
-TOGETHER = 8  # pictures that are encoded, or drawn, at once
+TOGETHER = 8  # pictures that are drawn at once
 VALIDATION = 1 << 40  # the "step" whose random numbers the held-out loss is taken with
 
 
@@ -50,11 +51,11 @@ def run(config: ImageConfig, run: Run) -> None:
     zero.seed_everything(run.seed)  # anew: the first worker has drawn weights to prepare with
     parts = components(config, run)
     train, val = (Data(run, side) for side in SIDES)
-    turns = Turns(train.pictures.sizes, config.batch_size, run.seed)
+    sampler = BucketSampler(train.pictures.sizes, config.batch_size, run.seed)
     objective = objective_of(parts.scheduler, config)
 
     model = Denoiser(parts, config, captions_are_cached(config))
-    twin = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
+    eval_model = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
     optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), config.learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
@@ -63,7 +64,7 @@ def run(config: ImageConfig, run: Run) -> None:
 
     for step in range(start, config.steps):
         began = time.perf_counter()
-        loss = _train_step(engine, config, run, train, objective, turns.at(step), step)
+        loss = _train_step(engine, config, run, train, objective, sampler.at(step), step)
         if not math.isfinite(loss):
             raise StageError(f"image: the loss at step {step} is {loss}: lower learning_rate={config.learning_rate}")
         ema.update(step)
@@ -75,17 +76,17 @@ def run(config: ImageConfig, run: Run) -> None:
             "images_per_second": config.batch_size / (time.perf_counter() - began),
         }
         if taken % config.sample_every == 0 or taken == config.steps:
-            with ema.instead():
+            with ema.swapped_in():
                 metrics["val_loss"] = _held_out_loss(engine, val, objective, run, config.micro_batch_size)
                 weights = zero.whole_parameters(engine.module, run)
-            if twin is not None:
-                twin.take(weights)
-                _write_sheet(twin.parts, config, train, val, run, taken)
+            if eval_model is not None:
+                eval_model.take(weights)
+                _write_sheet(eval_model.parts, config, train, val, run, taken)
         run.log(taken, config.steps, **metrics)
         if zero.checkpoint_is_due(config, run, taken, config.steps):
             save(engine, ema, run, taken)
-    if twin is not None:  # it has the last averages, of which it has drawn a sheet
-        export(twin.parts, config, run)
+    if eval_model is not None:  # it has the last averages, of which it has drawn a sheet
+        export(eval_model.parts, config, run)
     zero.barrier()
 
 
@@ -209,8 +210,8 @@ def _train_step(
     """One optimiser step on one batch over all workers; returns its loss."""
     passes = config.gradient_accumulation_steps(run.workers)
     total = 0.0
-    for positions in mine(batch, run.rank, run.workers, passes):
-        seeds = [chance(run.seed, step, position) for position in positions.tolist()]
+    for positions in shard(batch, run.rank, run.workers, passes):
+        seeds = [derived_seed(run.seed, step, position) for position in positions.tolist()]
         loss = _loss(engine, data, objective, batch[positions].tolist(), seeds, config.caption_dropout)
         engine.backward(loss)
         engine.step()
@@ -242,7 +243,7 @@ def _held_out_loss(engine: Any, data: Data, objective: Objective, run: Run, coun
     # Every worker takes part in as many passes, as ZeRO-3 needs.
     for number in range(run.rank, -(-len(chunks) // run.workers) * run.workers, run.workers):
         indices = chunks[min(number, len(chunks) - 1)]
-        seeds = [chance(run.seed, VALIDATION, index) for index in indices]
+        seeds = [derived_seed(run.seed, VALIDATION, index) for index in indices]
         loss = _loss(engine, data, objective, indices, seeds, 0.0).item()
         total += loss * len(indices) if number < len(chunks) else 0.0
     engine.train()

@@ -48,8 +48,8 @@ def run(config: TranslationConfig, run: Run) -> None:
     train, val = (Batches(Examples(run.folder / side), config.batch_tokens, run.seed) for side in ("train", "val"))
 
     model = build_model(config, tokenizer)
-    twin = copy.deepcopy(model) if held_out else None
-    validation = Validation(config, run, tokenizer, twin, held_out)
+    eval_model = copy.deepcopy(model) if held_out else None
+    validation = Validation(config, run, tokenizer, eval_model, held_out)
     optimizer = torch.optim.AdamW(
         zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-9
     )

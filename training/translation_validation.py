@@ -41,10 +41,11 @@ class Validation:
     """
 
     def __init__(
-        self, config: TranslationConfig, run: Run, tokenizer: Any, twin: Any, held_out: HeldOut | None
+        self, config: TranslationConfig, run: Run, tokenizer: Any, eval_model: Any, held_out: HeldOut | None
     ) -> None:
-        """`twin`, a second copy of the model, and `held_out` are rank 0's."""
-        self._config, self._run, self._tokenizer, self._twin, self._held_out = config, run, tokenizer, twin, held_out
+        """`eval_model`, a second copy of the model, and `held_out` are rank 0's."""
+        self._config, self._run, self._tokenizer = config, run, tokenizer
+        self._eval_model, self._held_out = eval_model, held_out
         self._folder = run.checkpoints / "averages"
         self._scores: dict[int, float] = {}  # step → chrF
 
@@ -124,10 +125,10 @@ class Validation:
     def _write(self, weights: Weights, folder: Path) -> None:
         """A model folder of these weights, adapters merged."""
         with torch.no_grad():
-            for name, parameter in self._twin.named_parameters():
+            for name, parameter in self._eval_model.named_parameters():
                 parameter.copy_(weights[name])
-        adapted = hasattr(self._twin, "merge_and_unload")
-        model = copy.deepcopy(self._twin).merge_and_unload() if adapted else self._twin
+        adapted = hasattr(self._eval_model, "merge_and_unload")
+        model = copy.deepcopy(self._eval_model).merge_and_unload() if adapted else self._eval_model
         model.config.use_cache = True
         model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
