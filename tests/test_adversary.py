@@ -12,9 +12,9 @@ def terms():
     torch.manual_seed(0)
     adversary, decoder = PatchDiscriminator(), nn.Conv2d(3, 3, 3, padding=1)
     pixels = torch.rand(2, 3, 16, 24) * 2 - 1
-    remade = decoder(pixels)
-    reconstruction = (remade - pixels).abs().mean()
-    made = adversarial_terms(adversary, pixels, remade, reconstruction, decoder.weight)
+    reconstructed = decoder(pixels)
+    reconstruction = (reconstructed - pixels).abs().mean()
+    made = adversarial_terms(adversary, pixels, reconstructed, reconstruction, decoder.weight)
     return adversary, decoder, pixels, reconstruction, made
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from training.baselines import MAX_WORDS, fit_bag_of_words, longer_wins, words
-from training.data.rankings import Ranking, pairs
+from training.data.rankings import Ranking
 from training.measure import pairs_right, ranker_scores
 
 
@@ -25,6 +25,12 @@ def planted(number: int, seed: int) -> list[Ranking]:
         order = sorted(set(merit), reverse=True)
         out.append(ranking(texts, [order.index(m) + 1 for m in merit]))
     return [r for r in out if len(set(r.ranks)) > 1]
+
+
+def pairs(ranking: Ranking) -> list[tuple[str, str]]:
+    """(better, worse) of every two completions of different rank."""
+    ranked = list(zip(ranking.ranks, ranking.completions, strict=True))
+    return [(better, worse) for high, better in ranked for low, worse in ranked if high < low]
 
 
 def accuracy(ranker, rankings) -> float:  # type: ignore[no-untyped-def]

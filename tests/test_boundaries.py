@@ -21,6 +21,7 @@ ALLOWED = {
     "training/evaluate.py": {"serving"},
     "training/translation.py": {"serving"},
     "training/image.py": {"serving"},
+    "training/image_data.py": {"serving"},
     "training/image_parts.py": {"serving"},
     "training/data/pairs.py": {"serving"},
 }

@@ -172,7 +172,7 @@ def test_a_tar_that_is_cut_short_is_named(tmp_path, name):
 def arrays(tmp_path, images, lines):
     np.savez(tmp_path / "x.npz", **images)
     if lines is not None:
-        (tmp_path / "x.jsonl").write_text(lines)
+        (tmp_path / "x.jsonl").write_text("\ufeff" + lines, "utf-8", "surrogateescape")
     return [str(tmp_path / "x.npz")]
 
 
@@ -182,6 +182,8 @@ WRONG_ARRAYS = {
     "no lines": (TWO, None, r"x\.npz: there is no x\.jsonl beside it"),
     "too few": (TWO, LINE, r"x\.npz: has 2 images, and x\.jsonl has 1 lines"),
     "bad line": (TWO, LINE + "{oops\n", r"x\.jsonl:2: not valid JSON: Expecting"),
+    "not UTF-8": (TWO, LINE + '{"caption": "\udcff"}\n', r"x\.jsonl:2: not UTF-8: byte 14 of the line"),
+    "two bad lines": (TWO, '{"text": 5}\n[1]\n', r"x\.jsonl:1: text: must .*, not 5 \(and 1 more bad record\)"),
     "no object": (TWO, LINE + "[1]\n", r"x\.jsonl:2: a record is a JSON object, not list"),
     "another name": ({"pictures": TWO["images"]}, LINE * 2, r"x\.npz: has no array `images`"),
     "floats": ({"images": np.zeros((2, 4, 4, 3))}, LINE * 2, r"images: must be uint8 .* not float64 \(2, 4, 4, 3\)"),
@@ -195,6 +197,12 @@ def test_wrong_arrays_are_refused_by_file_and_line(case, tmp_path):
     images, lines, said = WRONG_ARRAYS[case]
     with pytest.raises(DataError, match=said):
         read_captioned(arrays(tmp_path, images, lines))
+
+
+def test_an_npz_is_not_packed_again(tmp_path):
+    (tmp_path / "x.npz.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.npz\.gz: not a format .*, \.npz \(all but \.npz also as \.gz\)"):
+        resolve([str(tmp_path / "x.npz.gz")])
 
 
 def test_what_is_no_npz_is_refused(tmp_path):

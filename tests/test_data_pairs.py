@@ -1,6 +1,7 @@
 """Sentence pairs: every format, what is wrong in them, cleaning with counts, and a split that leaks nothing."""
 
 import gzip
+import os
 import unicodedata
 
 import numpy as np
@@ -10,6 +11,7 @@ from training.data.examples import Batches, Examples, write_examples
 from training.data.pairs import MAX_RATIO, SLACK, Pair, clean, main_script, read_pairs, read_sides
 from training.data.records import DataError
 from training.data.split import digest
+from training.subwords import train_subwords
 
 PO = """
 msgid ""
@@ -157,6 +159,12 @@ def test_held_out_pairs_share_no_side_with_training(tmp_path):
     assert sides.dropped["in training too"] > 0 and len(sides.validation) <= len(sides.test)
 
 
+def test_too_few_pairs_are_refused_with_what_was_left_out(tmp_path):
+    said = r"translation\.pairs: 2 to learn from and 0 held out .*val_fraction than 0\.01 \(left out: 1 identical\)"
+    with pytest.raises(DataError, match=said):
+        read_sides([str(write(tmp_path / "x.tsv", "Ja\tYes\nNein\tNo\nOK\tOK\n"))], "de", "en", 1, 0.01)
+
+
 def test_the_split_does_not_depend_on_the_other_sources(tmp_path):
     paths = [write(tmp_path / f"{n}.tsv", "".join(f"{n} Wort {i}\tword {n}{i}\n" for i in range(100))) for n in "ab"]
     alone, both = (read_sides([str(p) for p in chosen], "de", "en", 3, 0.2) for chosen in (paths[:1], paths))
@@ -195,6 +203,26 @@ def test_examples_come_back_as_they_were_written(examples):
 def test_nothing_that_fits_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"max_length=2: none of 1 pairs fits"):
         write_examples([pair("lang", "long")], Characters(), 2, tmp_path / "train")
+
+
+def test_tokens_are_made_on_every_core_as_subwords_are_learnt(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as workers have it
+    seen = []
+
+    class Watched(Characters):
+        def encode(self, sentences):
+            seen.append(os.environ["TOKENIZERS_PARALLELISM"])
+            return super().encode(sentences)
+
+        encode_targets = encode
+
+    def texts():
+        seen.append(os.environ["TOKENIZERS_PARALLELISM"])
+        yield "kurz"
+
+    write_examples([pair("kurz", "short")], Watched(), 20, tmp_path / "train")
+    train_subwords(texts(), 300, 24)
+    assert seen == ["true"] * 3 and os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_an_epoch_has_every_example_once_in_batches_that_fit(examples):

@@ -138,8 +138,9 @@ def test_buckets_are_of_one_area_within_two_to_one(resolution, multiple):
 
 def test_the_smallest_resolution_has_one_bucket_and_others_must_divide():
     assert buckets(8, 8) == [(8, 8)]
-    for resolution in (0, 4, 60):
-        with pytest.raises(ValueError, match=rf"resolution={resolution} must be a multiple of 8 pixels"):
+    for resolution, nearest in ((0, 8), (4, 8), (61, 64)):
+        said = rf"resolution={resolution} must be a multiple of 8 pixels; the nearest is {nearest}"
+        with pytest.raises(ValueError, match=said):
             buckets(resolution, 8)
 
 
@@ -206,16 +207,18 @@ def test_the_files_are_plain_arrays_and_lines(tmp_path):
     }
 
 
-def test_bad_pictures_are_skipped_by_name_up_to_a_bound(tmp_path, capsys):
+def test_bad_pictures_are_skipped_by_name_up_to_a_bound(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.data.pictures.MAX_BAD", 0.18)
     records = [record(noise(i), str(i)) for i in range(9)]
     records.insert(3, record(b"junk", "bad", where="pictures/17.png"))
-    bad = write_pictures(records, 32, 8, tmp_path / "pictures", max_bad=0.1)
+    bad = write_pictures(records, 32, 8, tmp_path / "pictures")
     assert len(bad) == 1 and bad[0].startswith("pictures/17.png: not a picture")
     assert capsys.readouterr().out == f"skipped: {bad[0]}\n"
     assert Pictures(tmp_path / "pictures").captions == [str(i) for i in range(9)]
     records.append(record(b"junk", "bad too", where="pictures/18.png"))
-    with pytest.raises(DataError, match=r"pictures/17\.png: .*\(2 of 11 pictures are bad, more than max_bad=0\.18\)"):
-        write_pictures(records, 32, 8, tmp_path / "other", max_bad=0.18)
+    said = r"^images: 2 of 11 pictures cannot be decoded \(at most 18 % may be\); .* first: pictures/17\.png: not a"
+    with pytest.raises(DataError, match=said):
+        write_pictures(records, 32, 8, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -225,12 +228,15 @@ def test_a_single_bad_picture_of_a_few_is_no_reason_to_stop(tmp_path):
 
 def test_what_was_written_stays_when_the_next_writing_fails(tmp_path):
     write_pictures([record(noise(0), "kept")], 32, 8, tmp_path / "pictures")
-    with pytest.raises(DataError, match=r"max_bad=0\.01"):
+    with pytest.raises(DataError, match="images: 2 of 2 pictures cannot be decoded"):
         write_pictures([record(b"junk")] * 2, 32, 8, tmp_path / "pictures")
     assert Pictures(tmp_path / "pictures").captions == ["kept"]
 
 
-def test_no_pictures_are_refused(tmp_path):
-    for records, max_bad in (([], 0.01), ([record(b"junk")], 1.0)):
-        with pytest.raises(DataError, match="pictures: there are none to learn from"):
-            write_pictures(records, 32, 8, tmp_path / "pictures", max_bad)
+def test_a_side_of_which_nothing_is_left_is_refused_by_name(tmp_path):
+    write_pictures([record(noise(0))], 32, 8, tmp_path / "train")
+    seen = frozenset(Pictures(tmp_path / "train").hashes)
+    said = "^images, held out: none of 3 pictures is left: 1 cannot be decoded, 2 are on .*; give more pictures"
+    with pytest.raises(DataError, match=said):
+        records = [record(noise(0)), record(b"junk"), record(noise(0))]
+        write_pictures(records, 32, 8, tmp_path / "val", "images, held out", seen)

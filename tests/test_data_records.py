@@ -6,7 +6,7 @@ import pytest
 
 from training.data.chats import read_chats
 from training.data.prompts import read_prompts
-from training.data.rankings import pairs, read_rankings
+from training.data.rankings import read_rankings
 from training.data.records import DataError
 from training.data.split import split
 
@@ -83,7 +83,7 @@ def test_a_wrong_prompt_is_pointed_to(write, record, message):
         read_prompts(write(record))
 
 
-def test_a_ranking_gives_every_pair_of_different_rank(write):
+def test_a_ranking_has_a_rank_for_every_completion(write):
     rankings = read_rankings(
         write(
             {"prompt": "q", "completions": ["c", "a", "b", ""], "ranking": [2, 1, 2, 5]},
@@ -91,9 +91,8 @@ def test_a_ranking_gives_every_pair_of_different_rank(write):
             {"prompt": "q", "completions": ["a", "b"], "ranking": [1, 1]},
         )
     )
-    assert pairs(rankings[0]) == [("c", ""), ("a", "c"), ("a", "b"), ("a", ""), ("b", "")]
-    assert pairs(rankings[1]) == [("good", "bad")]
-    assert pairs(rankings[2]) == []
+    assert [ranking.ranks for ranking in rankings] == [[2, 1, 2, 5], [1, 2], [1, 1]]
+    assert [ranking.completions for ranking in rankings] == [["c", "a", "b", ""], ["good", "bad"], ["a", "b"]]
     assert {ranking.key for ranking in rankings} == {"q"}
 
 

@@ -21,7 +21,7 @@ def test_the_average_is_the_weighted_sum_of_what_there_was():
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         seen.append(module.weight.clone())
-    with ema.instead():
+    with ema.swapped_in():
         assert torch.allclose(module.weight, expected)
     assert torch.equal(module.weight, seen[-1])
 
@@ -37,7 +37,7 @@ def test_the_average_survives_a_restart_and_an_error_inside(tmp_path):
     fresh.load(tmp_path, rank=0)
     assert all(torch.equal(fresh._mean[name], tensor) for name, tensor in ema._mean.items())
     weight = module.weight.clone()
-    with pytest.raises(ZeroDivisionError), ema.instead():
+    with pytest.raises(ZeroDivisionError), ema.swapped_in():
         raise ZeroDivisionError
     assert torch.equal(module.weight, weight)
 

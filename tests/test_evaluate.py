@@ -14,6 +14,7 @@ from serving.engine.api import Completion
 from training import evaluate
 from training.data.prompts import read_prompts
 from training.data.rankings import read_rankings
+from training.data.records import DataError
 from training.data.split import held_out, split
 from training.data.text import tokenize_to_shards
 from training.exam import Answers, Exam, compare, summary
@@ -199,6 +200,12 @@ def test_a_causal_lm_is_measured_on_given_text(run: Run, tiny_world) -> None:  #
     assert got["bits_per_byte"]["mean"] * got["bytes"] / got["tokens"] == pytest.approx(
         torch.tensor(got["perplexity"]).log2().item(), rel=1e-5
     )
+
+
+def test_texts_that_are_all_blank_are_refused_by_name(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n' * 2)
+    with pytest.raises(DataError, match=r"blank\.jsonl: holds no text"):
+        evaluate.evaluate_model(str(run.of("sft").model), [str(tmp_path / "blank.jsonl")])
 
 
 def test_a_reward_model_is_measured_on_given_rankings(run: Run, tiny_world) -> None:  # type: ignore[no-untyped-def]

@@ -19,14 +19,16 @@ from safetensors.torch import load_file
 from workers import two_workers
 
 from serving.image.components import load_components
-from training import image, image_vae, zero
+from training import image, image_data, image_vae, zero
 from training.config import ConfigError, ImageConfig, ImageVaeConfig
 from training.data.pictures import Pictures
+from training.image_data import Data, digest_of
 from training.image_parts import fresh_scheduler, fresh_unet, load_text_encoder
 from training.measure_image import measure_image
-from training.picture_stage import cached
+from training.picture_stage import cached, fetched
 from training.recipe import load_recipe, shipped_recipes
 from training.run import Run, StageError
+from training.seeds import derived_seed
 
 COLOURS = {"red": (230, 40, 30), "green": (40, 170, 60), "blue": (40, 70, 220), "black": (20, 20, 20)}
 NET = {"channels": [16, 32], "attention_levels": [1], "num_heads": 2, "text_layers": 1, "text_hidden_size": 16}
@@ -192,13 +194,55 @@ def test_chains_are_trained_too(make_run, prediction):
     assert load_components(run.model).scheduler.config.prediction_type == prediction
 
 
-def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make_run, tmp_path):
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v_prediction"])
+def test_what_is_predicted_leads_the_fresh_scheduler_to_the_data(make_run, prediction):
+    """Drawing with a model that has learnt one picture perfectly."""
+    config, _ = make_run(prediction=prediction)
+    scheduler = fresh_scheduler(config)
+    objective = image.objective_of(scheduler, config)
+    x0, xt = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    scheduler.set_timesteps(20)
+    for t in scheduler.timesteps:
+        time = t / 1000 if prediction == "flow" else t
+        alpha, sigma = 1 - time, time
+        if prediction != "flow":
+            alpha, sigma = (scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5)
+        noised, target, timesteps, _ = objective.noisy(x0, (xt - alpha * x0) / sigma, time.reshape(1))
+        assert torch.allclose(noised, xt, atol=1e-4) and timesteps.item() == pytest.approx(t.item(), abs=1e-3)
+        xt = scheduler.step(target, t, xt).prev_sample
+    assert torch.allclose(xt, x0, atol=0.1)  # a chain's last step leaves noise of variance β_0
+
+
+@pytest.mark.parametrize("t", [1, 100, 999])
+def test_a_fresh_chain_is_drawn_by_bayes_rule(make_run, t):
+    """q(x_{t-1} | x_t, x_0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_0) (Ho et al. 2020, eqs. 6 and 7), on a grid."""
+    scheduler = fresh_scheduler(make_run(prediction="epsilon")[0])
+    scheduler.set_timesteps(1000)
+    x0, xt = torch.tensor([[0.3]]).double(), torch.tensor([[-0.2]]).double()
+    now, before = scheduler.alphas_cumprod[t].double(), scheduler.alphas_cumprod[t - 1].double()
+    beta = 1 - now / before
+    grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    log = -((xt - (1 - beta).sqrt() * grid) ** 2) / (2 * beta) - (grid - before.sqrt() * x0) ** 2 / (2 * (1 - before))
+    weights = torch.softmax(log.flatten(), 0)
+    mean = (weights * grid).sum()
+    deviation = (weights * (grid - mean) ** 2).sum().sqrt()
+    noise = (xt - now.sqrt() * x0) / (1 - now).sqrt()
+    steps = [scheduler.step(noise, t, xt, eta=1.0, variance_noise=torch.full_like(xt, z)) for z in (0.0, 1.0)]
+    ours, beyond = (step.prev_sample.item() for step in steps)
+    assert ours == pytest.approx(mean.item(), abs=1e-4)
+    assert beyond - ours == pytest.approx(deviation.item(), rel=1e-3)
+
+
+def test_a_pretrained_text_encoder_stays_as_it_is_and_its_states_are_cached(make_run, tmp_path, monkeypatch):
     parts = load_components(tiny_folder(tmp_path / "start", encoder="bert"))
     folder = tmp_path / "bert"
     parts.text_encoder.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
     config, run = make_run(text_encoder=str(folder))
+    digested = []
+    monkeypatch.setattr(image_data, "digest_of", lambda module: digested.append(module) or digest_of(module))
     image.run(config, run)
+    assert len(digested) == 2  # the autoencoder and the text encoder, for both sides
     before, _ = load_text_encoder(str(folder), 12)
     after = load_components(run.model)
     assert after.text_encoder.config.use_attention_mask and after.tokenizer.model_max_length == 12
@@ -260,7 +304,7 @@ def test_of_runs_that_want_the_same_latents_one_makes_them(make_run, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1 and (cached(run, "latents", ["x"], write) / "it").exists()
+    assert len(made) == 1 and (fetched(run, cached(run, "latents", ["x"], write)) / "it").exists()
 
 
 def test_captions_that_are_cut_are_counted(make_run):
@@ -301,26 +345,26 @@ def test_latents_are_known_by_the_weights_and_settings_that_made_them(tmp_path):
     start = tiny_folder(tmp_path / "start")
     one, same, other = (load_components(start).vae for _ in range(3))
     other.register_to_config(scaling_factor=2 * one.config.scaling_factor)
-    assert image.digest_of(one) == image.digest_of(same) != image.digest_of(other)
+    assert digest_of(one) == digest_of(same) != digest_of(other)
     with torch.no_grad():
         next(same.parameters()).add_(1.0)
-    assert image.digest_of(one) != image.digest_of(same)
+    assert digest_of(one) != digest_of(same)
     one.save_pretrained(tmp_path / "elsewhere")
-    assert image.digest_of(AutoencoderKL.from_pretrained(tmp_path / "elsewhere")) == image.digest_of(one)
+    assert digest_of(AutoencoderKL.from_pretrained(tmp_path / "elsewhere")) == digest_of(one)
 
 
 def test_captions_are_dropped_as_often_as_is_said(make_run):
     config, run = make_run(caption_dropout=0.5)
     image._prepare(config, run)
-    data = image.Data(config, run, image.components(config, run), "train")
+    data = Data(run, "train")
     nothing, something = data.captions([0, 0], [True, False])["input_ids"]
-    assert data._captions[0] == "" and torch.equal(nothing, data._ids[0]) and not torch.equal(nothing, something)
+    assert data._row[""] == 0 and nothing.tolist() == data._ids[0].tolist() and not torch.equal(nothing, something)
     dropped = []
     data.captions = lambda indices, drop: dropped.extend(drop) or 1 / 0  # type: ignore[method-assign]
     objective = image.objective_of(fresh_scheduler(config), config)
     for step in range(100):
         with pytest.raises(ZeroDivisionError):
-            seeds = [image.chance(3, step, position) for position in range(4)]
+            seeds = [derived_seed(3, step, position) for position in range(4)]
             image._loss(_Engine(), data, objective, [0, 1, 2, 3], seeds, config.caption_dropout)
     assert 0.4 < np.mean(dropped) < 0.6
 
@@ -329,11 +373,11 @@ class _Engine:
     device = torch.device("cpu")
 
 
-def test_what_is_wrong_is_told_before_anything_is_trained(make_run, tmp_path):
+def test_what_is_wrong_is_told_before_anything_is_trained(make_run, make_vae_run, tmp_path):
     for changes, message in (
         ({"vae": str(tmp_path)}, "no autoencoder's folder"),
         ({"text_encoder": str(tmp_path)}, "text_encoder=.*cannot be loaded"),
-        ({"resolution": 17}, "resolution=17 must be a multiple of 2"),
+        ({"resolution": 17}, "resolution=17 must be a multiple of 2 pixels; the nearest is 16"),
     ):
         config, run = make_run(str(len(message)), **changes)
         with pytest.raises(StageError, match=message):
@@ -342,13 +386,16 @@ def test_what_is_wrong_is_told_before_anything_is_trained(make_run, tmp_path):
         make_run("level", attention_levels=[5])
     with pytest.raises(ValueError, match="max_caption_tokens=121: a dit takes 120 at most"):
         make_run("tokens", max_caption_tokens=121, **DIT)
+    with pytest.raises(ValueError, match=r"resolution=19 must be a multiple of 2 pixels, .*; the nearest is 20"):
+        make_vae_run("odd", resolution=19)
     with pytest.raises(ConfigError, match="not divisible"):
         make_run("batch", batch_size=6)[0].gradient_accumulation_steps(1)
 
 
 BY_NAME = """
 from training.config import ImageConfig
-from training.image import components, digest_of
+from training.image import components
+from training.image_data import digest_of
 from training.image_parts import load_vae
 from training.run import StageError
 
@@ -368,7 +415,7 @@ for make, named in ((components, {"model": "owner/%s"}), (load_vae, {"vae": "own
 def test_a_pipeline_and_an_autoencoder_may_be_the_hubs(tmp_path):
     """Out of the cache where the hub's client puts them; what is not there is named."""
     start = tiny_folder(tmp_path / "start")
-    digest, commit = image.digest_of(load_components(start).vae), "0" * 40
+    digest, commit = digest_of(load_components(start).vae), "0" * 40
     repository = tmp_path / "hf" / "hub" / "models--owner--here"
     shutil.copytree(start, repository / "snapshots" / commit)
     for file in (start / "vae").iterdir():  # one repository is both here
@@ -443,7 +490,7 @@ def test_an_adversary_learns_to_tell_pictures_and_then_teaches_the_decoder(make_
     assert AutoencoderKL.from_pretrained(run.model).state_dict().keys() == (
         AutoencoderKL.from_pretrained(plain.model).state_dict().keys()
     )
-    with pytest.raises(ValueError, match="zero_stage=3 shards the adversary"):
+    with pytest.raises(ValueError, match=r"zero_stage=3 .* with adversarial_weight=0\.5: set zero_stage: 2, or"):
         make_vae_run("sharded", adversarial_weight=0.5, zero_stage=3)
 
 

@@ -2,13 +2,14 @@
 
 import io
 import json
+from itertools import combinations
 
 import pytest
 
 from training import rank
 from training.config import RankConfig
 from training.data.prompts import read_prompts
-from training.data.rankings import pairs, read_rankings
+from training.data.rankings import read_rankings
 from training.data.records import DataError
 from training.data.split import held_out
 from training.judges import judge
@@ -64,7 +65,8 @@ def test_stage_leaves_rankings_that_the_reward_stage_can_read(tiny_world, stage)
         assert line["ranking"] == ranks_of([judge("vader")(line["prompt"], text) for text in line["completions"]])
     metrics = stage.final_metrics()
     assert metrics["prompts"] == 17
-    assert metrics["pairs"] == sum(len(pairs(ranking)) for ranking in rankings) == 17 * 6 * (1 - metrics["tied"])
+    pairs = sum(a != b for ranking in rankings for a, b in combinations(ranking.ranks, 2))
+    assert metrics["pairs"] == pairs == 17 * 6 * (1 - metrics["tied"])
 
 
 def test_a_kill_at_any_byte_gives_the_files_of_an_undisturbed_run(tiny_world, stage, tmp_path):
@@ -88,11 +90,6 @@ def test_vader_prefers_the_friendly_and_dislikes_silence():
     texts = ["", "I hate you.", "It is a table.", "What a lovely day, I am so happy!"]
     scores = [score([{"role": "user", "content": "Hi"}], text) for text in texts]
     assert scores[0] == -1.0 == score([], " \n") and sorted(scores) == scores and len(set(scores)) == 4
-
-
-def test_an_unknown_judge_is_named():
-    with pytest.raises(StageError, match="judge='solomon': there is no such judge; there are vader"):
-        judge("solomon")
 
 
 # ---- a person

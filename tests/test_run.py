@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training.run import Run, folder_atomic, read_jsonl, save_model, write_atomic
+from training.run import Run, file_atomic, folder_atomic, read_jsonl, save_model, write_atomic
 
 
 @pytest.fixture
@@ -36,6 +36,14 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_atomic(tmp_path / "deep" / "run.json", "2")
     assert (tmp_path / "deep" / "run.json").read_text() == "2"
     assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_atomic(tmp_path / "sheet.png", "old")
+    with pytest.raises(OSError), file_atomic(tmp_path / "sheet.png") as temporary:
+        temporary.write_text("new")
+        raise OSError("disk full")
+    assert (tmp_path / "sheet.png").read_text() == "old"
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):

@@ -35,17 +35,17 @@ class PatchDiscriminator(nn.Module):
 
 
 def adversarial_terms(
-    discriminator: nn.Module, pixels: Tensor, remade: Tensor, reconstruction: Tensor, last: nn.Parameter
+    discriminator: nn.Module, pixels: Tensor, reconstructed: Tensor, reconstruction: Tensor, last: nn.Parameter
 ) -> dict[str, Tensor]:
     """What both sides learn from, in one backward pass: neither term reaches the other side's weights.
 
     `discriminator`: its hinge loss on pictures and on what the autoencoder makes of them, both [B, 3, H, W];
-    `adversarial`: -D(remade), on the scale of `reconstruction`: their gradients for the decoder's `last` weights are
-    made equally long (Esser et al. 2021, eq. 7).
+    `adversarial`: -D(reconstructed), on the scale of `reconstruction`, the loss: their gradients for the decoder's
+    `last` weights are made equally long (Esser et al. 2021, eq. 7).
     """
-    real, fake = discriminator(torch.cat([pixels, remade.detach()])).float().chunk(2)
+    real, fake = discriminator(torch.cat([pixels, reconstructed.detach()])).float().chunk(2)
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    fooled = -functional_call(discriminator, frozen, (remade,)).float().mean()
+    fooled = -functional_call(discriminator, frozen, (reconstructed,)).float().mean()
     gradient = _gradient_for(last)
     scale = adversarial_balance(gradient(reconstruction), gradient(fooled))
     return {"discriminator": hinge_loss(real, fake), "adversarial": scale * fooled}

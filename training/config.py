@@ -281,7 +281,8 @@ class TranslationConfig(OptimizerConfig):
             raise ValueError(f"target_language={self.target_language!r} is the source language")
         if self.batch_tokens < 2 * self.max_length:
             raise ValueError(
-                f"batch_tokens={self.batch_tokens} does not hold one pair of max_length={self.max_length} tokens a side"
+                f"batch_tokens={self.batch_tokens} does not hold a pair of max_length={self.max_length} tokens a side; "
+                f"raise batch_tokens to at least {2 * self.max_length}, or lower max_length"
             )
         if self.lora and not self.model:
             raise ValueError("lora adapts a model that is there: name one in model")
@@ -322,8 +323,21 @@ class ImageVaeConfig(PicturesConfig):
 
     @model_validator(mode="after")
     def _adversary_is_whole(self) -> Self:
-        if self.adversarial_weight and self.zero_stage == 3:
-            raise ValueError("zero_stage=3 shards the adversary, which is run with its weights held still: say 2")
+        if self.adversarial_weight and self.zero_stage == 3:  # the adversary is run with its weights held still
+            raise ValueError(
+                f"zero_stage=3 cannot be used with adversarial_weight={self.adversarial_weight:g}: "
+                "set zero_stage: 2, or adversarial_weight: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _resolution_is_whole_latents(self) -> Self:
+        nearest = nearest_multiple(self.resolution, self.downsampling)
+        if self.resolution != nearest:
+            raise ValueError(
+                f"resolution={self.resolution} must be a multiple of {self.downsampling} pixels, one latent of "
+                f"channels={self.channels}; the nearest is {nearest}"
+            )
         return self
 
     @property
@@ -403,3 +417,8 @@ class EvaluateConfig(StageConfig):
 def padded_vocab(size: int) -> int:
     """Embedding rows: matrix products like multiples of 64."""
     return -(-size // 64) * 64
+
+
+def nearest_multiple(size: int, step: int) -> int:
+    """The multiple of `step`, 0 apart, that is nearest to `size`."""
+    return max(step, round(size / step) * step)

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion as functions of tensors: noising, targets, weights, times, posteriors.
+"""The mathematics of diffusion as functions of tensors: noising, targets, weights, times.
 
 Legend: x0 data, ε ~ N(0, I), xt noised data, all [B, ...]; t [B] steps of a chain, or times in [0, 1] of a flow;
 ᾱ_t = Π (1 - β_s) [T]; α = √ᾱ, σ = √(1 - ᾱ). In a rectified flow α = 1 - t and σ = t.
@@ -14,52 +14,23 @@ NUM_TRAIN_TIMESTEPS = 1000
 # ---- chains: epsilon and v_prediction
 
 
-def scaled_linear_betas(steps: int = NUM_TRAIN_TIMESTEPS, start: float = 0.00085, end: float = 0.012) -> torch.Tensor:
-    """β_t [T], linear in their roots, as Stable Diffusion has them (Rombach et al. 2022, `scaled_linear`)."""
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-
-
-def alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
-    """ᾱ_t = Π_{s ≤ t} (1 - β_s) [T] (Ho et al. 2020, section 2)."""
-    return torch.cumprod(1.0 - betas, dim=0)
-
-
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """xt = √ᾱ x0 + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4); `alpha_bar` [B]."""
+    """xt [B, ...] = √ᾱ x0 + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4); `alpha_bar` [B]."""
     alpha_bar = _like(alpha_bar, x0)
     return alpha_bar.sqrt() * x0 + (1.0 - alpha_bar).sqrt() * noise
 
 
 def velocity(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """v = √ᾱ ε - √(1 - ᾱ) x0 (Salimans & Ho 2022, appendix D)."""
+    """v [B, ...] = √ᾱ ε - √(1 - ᾱ) x0 (Salimans & Ho 2022, appendix D); `alpha_bar` [B]."""
     alpha_bar = _like(alpha_bar, x0)
     return alpha_bar.sqrt() * noise - (1.0 - alpha_bar).sqrt() * x0
-
-
-def x0_from_epsilon(xt: torch.Tensor, epsilon: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """The data that ε and xt imply (Ho et al. 2020, eq. 15)."""
-    alpha_bar = _like(alpha_bar, xt)
-    return (xt - (1.0 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-
-
-def x0_from_velocity(xt: torch.Tensor, v: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """The data that v and xt imply: √ᾱ xt - √(1 - ᾱ) v (Salimans & Ho 2022, appendix D)."""
-    alpha_bar = _like(alpha_bar, xt)
-    return alpha_bar.sqrt() * xt - (1.0 - alpha_bar).sqrt() * v
-
-
-def posterior(x0: torch.Tensor, xt: torch.Tensor, t: int, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of q(x_{t-1} | xt, x0) (Ho et al. 2020, eqs. 6 and 7); t from 0, where the variance is 0."""
-    bars = alphas_cumprod(betas)
-    now, before, beta = bars[t], bars[t - 1] if t > 0 else torch.ones(()), betas[t]
-    mean = before.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - now) * xt
-    return mean, (1 - before) / (1 - now) * beta
 
 
 def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
     """Loss weights [B] that let no time outweigh the others (Hang et al. 2023, eq. 8 and table 1).
 
-    min(SNR, γ) / SNR of an ε loss, min(SNR, γ) / (SNR + 1) of a v loss; SNR = ᾱ / (1 - ᾱ).
+    min(SNR, γ) / SNR of an ε loss, min(SNR, γ) / (SNR + 1) of a v loss; SNR = ᾱ / (1 - ᾱ). `alpha_bar` [B];
+    `prediction`: epsilon or v_prediction.
     """
     snr = alpha_bar / (1.0 - alpha_bar)
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1.0)
@@ -69,19 +40,14 @@ def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction: str) -> to
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """xt = (1 - t) x0 + t ε (Liu et al. 2023, eq. 1, with time from data to noise); `t` [B]."""
+    """xt [B, ...] = (1 - t) x0 + t ε (Liu et al. 2023, eq. 1, with time from data to noise); `t` [B] in [0, 1]."""
     t = _like(t, x0)
     return (1.0 - t) * x0 + t * noise
 
 
 def flow(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """dxt/dt = ε - x0, what the network predicts."""
+    """dxt/dt [B, ...] = ε - x0, what the network predicts (Liu et al. 2023, eq. 1, with time from data to noise)."""
     return noise - x0
-
-
-def x0_from_flow(xt: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The data that the flow and xt imply: xt - t · flow."""
-    return xt - _like(t, xt) * predicted
 
 
 def logit_normal_times(count: int, mean: float, generator: torch.Generator) -> torch.Tensor:
@@ -93,17 +59,26 @@ def logit_normal_times(count: int, mean: float, generator: torch.Generator) -> t
 
 
 def kl_to_standard_normal(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² - 1 - ln σ²) in nats [B] (Kingma & Welling 2014, appendix B)."""
+    """KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² - 1 - ln σ²) in nats [B] (Kingma & Welling 2014, appendix B).
+
+    `mean` and `log_variance` are [B, ...], the sum is over all but B.
+    """
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """½ (mean max(0, 1 - real) + mean max(0, 1 + fake)) of a discriminator's logits (Lim & Ye 2017, eq. 15)."""
+    """½ (mean max(0, 1 - real) + mean max(0, 1 + fake)), a scalar (Lim & Ye 2017, eq. 15).
+
+    `real` and `fake` are a discriminator's logits, of any shape.
+    """
     return 0.5 * ((1.0 - real).relu().mean() + (1.0 + fake).relu().mean())
 
 
 def adversarial_balance(reconstruction: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
-    """λ = |∇ reconstruction| / (|∇ adversarial| + δ), at most 10⁴ (Esser et al. 2021, eq. 7); both of one tensor."""
+    """λ = |∇ reconstruction| / (|∇ adversarial| + δ), a scalar of at most 10⁴ (Esser et al. 2021, eq. 7).
+
+    The arguments are the gradients of the two losses for one and the same tensor.
+    """
     return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=1e4)
 
 
@@ -111,14 +86,21 @@ def adversarial_balance(reconstruction: torch.Tensor, adversarial: torch.Tensor)
 
 
 def cosine_to_zero(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate multiplier of step 0, 1, ...: warm-up, then a half cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    """Learning-rate multiplier at `step`: linear warm-up, then a half cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
+
+    All in optimiser steps; `step` counts from 0, `steps` includes the `warmup`.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """The decay of an average that has seen `step` updates: short at first, so that the start is soon forgotten."""
+    """The decay of an average at optimiser step `step`, counted from 0: min(decay, (1 + step) / (10 + step)).
+
+    Low at first, so that the initial weights are soon forgotten; the ramp is that of TensorFlow's
+    ExponentialMovingAverage with `num_updates`.
+    """
     return min(decay, (1 + step) / (10 + step))
 
 

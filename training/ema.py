@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights: what a diffusion model is drawn with, and exported as."""
+"""The exponential moving average (EMA) of a model's weights: what a diffusion model draws with, and is exported as."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,13 @@ from training.diffusion_math import ema_decay_at
 
 
 class Ema:
-    """The averages of the trained weights, each rank's of what it holds: shards under ZeRO-3, else all of them."""
+    """The averages of the trained parameters; a rank averages what it holds: its shards under ZeRO-3, else all.
+
+    mean ← d · mean + (1 - d) · weights, with d = ema_decay_at(step, decay).
+    """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        """`module`: DeepSpeed's, once it has sharded the parameters; its weights are the first averages."""
         self._decay = decay
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._live = {name: _held(p) for name, p in trained.items()}
@@ -29,7 +33,7 @@ class Ema:
             self._mean[name].lerp_(tensor.to(self._mean[name].dtype), 1.0 - decay)
 
     @contextmanager
-    def instead(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Inside, the model has the averages for weights."""
         self._swap()
         try:
@@ -38,9 +42,11 @@ class Ema:
             self._swap()
 
     def save(self, folder: Path, rank: int) -> None:
+        """Leaves `ema-RANK.pt` in `folder`."""
         torch.save(self._mean, folder / f"ema-{rank}.pt")
 
     def load(self, folder: Path, rank: int) -> None:
+        """Takes the averages that `save` left for that rank. Raises FileNotFoundError where there are none."""
         saved = torch.load(folder / f"ema-{rank}.pt", weights_only=True)
         for name, tensor in self._mean.items():
             tensor.copy_(saved[name])

@@ -25,6 +25,7 @@ from training import measure, zero
 from training.baselines import fit_bag_of_words, longer_wins
 from training.config import EvaluateConfig, RewardConfig
 from training.data.rankings import Ranking, read_rankings
+from training.data.records import DataError
 from training.data.split import split
 from training.data.text import PackedTokens, read_documents
 from training.exam import Answers, Exam, answer, compare, fixed_answers, shown, side_by_side, summary
@@ -176,6 +177,8 @@ def evaluate_model(
         raise ValueError(f"{folder}: holds a {kind} model; evaluate measures causal-lm, reward and translation")
     model, tokenizer = measure.load(folder, device)
     documents = list(read_documents(sources))
+    if not documents:
+        raise DataError(f"{', '.join(sources)}: holds no text")
     text_bytes = sum(len(document.text.encode()) for document in documents)
     bos = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = measure.token_stream(documents, tokenizer, bos)

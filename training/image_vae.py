@@ -24,13 +24,14 @@ from torch import Tensor
 from training import zero
 from training.adversary import PatchDiscriminator, adversarial_terms
 from training.config import ImageVaeConfig
+from training.data.bucket_sampler import BucketSampler, shard
 from training.data.pictures import Pictures
-from training.data.turns import Turns, chance, mine
 from training.diffusion_math import kl_to_standard_normal
 from training.ema import Ema
 from training.features import features_at_hand, perceptual
 from training.picture_stage import as_pictures, as_pixels, norm_groups, prepare_pictures, rate, resume, save
 from training.run import Run, StageError, save_model
+from training.seeds import derived_seed
 from training.sheet import write_sheet
 
 SHOWN = 8  # pictures of a sheet, each above what comes back
@@ -43,10 +44,10 @@ def run(config: ImageVaeConfig, run: Run) -> None:
     zero.seed_everything(run.seed)
     zero.on_first(run, lambda: prepare_pictures(config, run, config.downsampling))
     train, val = (Pictures(run.folder / side) for side in ("train", "val"))
-    turns = Turns(train.sizes, config.batch_size, run.seed)
+    sampler = BucketSampler(train.sizes, config.batch_size, run.seed)
 
     model = Autoencoder(build_vae(config), config)
-    twin = copy.deepcopy(model.vae).to(run.device) if run.rank == 0 else None
+    eval_model = copy.deepcopy(model.vae).to(run.device) if run.rank == 0 else None
     betas = (0.5, 0.9) if config.adversarial_weight else (0.9, 0.999)  # an adversary's past is soon out of date
     groups = zero.parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
@@ -57,7 +58,7 @@ def run(config: ImageVaeConfig, run: Run) -> None:
 
     for step in range(start, config.steps):
         began = time.perf_counter()
-        losses = _train_step(engine, config, run, train, turns.at(step), step)
+        losses = _train_step(engine, config, run, train, sampler.at(step), step)
         if not math.isfinite(losses["loss"]):
             raise StageError(
                 f"image_vae: the loss at step {step} is {losses['loss']}: lower learning_rate={config.learning_rate}"
@@ -70,17 +71,17 @@ def run(config: ImageVaeConfig, run: Run) -> None:
             "images_per_second": config.batch_size / (time.perf_counter() - began),
         }
         if taken % config.sample_every == 0 or taken == config.steps:
-            with ema.instead():
+            with ema.swapped_in():
                 metrics["val_loss"] = _held_out_error(engine, val, config, run)
                 weights = zero.whole_parameters(engine.module.vae, run)
-            if twin is not None:
-                twin.load_state_dict(weights, strict=False)
-                _write_sheet(twin, train, val, run, taken)
+            if eval_model is not None:
+                eval_model.load_state_dict(weights, strict=False)
+                _write_sheet(eval_model, train, val, run, taken)
         run.log(taken, config.steps, **metrics)
         if zero.checkpoint_is_due(config, run, taken, config.steps):
             save(engine, ema, run, taken)
-    if twin is not None:  # it has the last averages, of which there is a sheet
-        _export(twin, train, run)
+    if eval_model is not None:  # it has the last averages, of which there is a sheet
+        _export(eval_model, train, run)
     zero.barrier()
 
 
@@ -118,17 +119,17 @@ class Autoencoder(torch.nn.Module):
         `adversarial`: whether the decoder learns from the adversary, which learns in any case.
         """
         posterior = self.vae.encode(pixels).latent_dist
-        remade = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        reconstructed = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         nats = kl_to_standard_normal(posterior.mean.float(), posterior.logvar.float())
-        terms = {"reconstruction": (remade - pixels).abs().mean(), "kl": nats.mean()}
+        terms = {"reconstruction": (reconstructed - pixels).abs().mean(), "kl": nats.mean()}
         # Nats of a picture over its numbers, so that the weight means what it means in the paper, whose terms are sums.
         loss = terms["reconstruction"] + self._kl_weight * terms["kl"] / pixels[0].numel()
         if self.features is not None:
-            terms["perceptual"] = self.features(remade, pixels).mean()
+            terms["perceptual"] = self.features(reconstructed, pixels).mean()
             loss = loss + self._perceptual_weight * terms["perceptual"]
         if self.adversary is not None:
             last = self.vae.decoder.conv_out.weight
-            terms |= adversarial_terms(self.adversary, pixels, remade, loss, last)
+            terms |= adversarial_terms(self.adversary, pixels, reconstructed, loss, last)
             weight = self._adversarial_weight if adversarial else 0.0
             loss = loss + weight * terms["adversarial"] + terms["discriminator"]
         return {"loss": loss, **terms}
@@ -143,9 +144,9 @@ def _train_step(
     """One optimiser step on one batch over all workers; returns the means of its losses."""
     passes = config.gradient_accumulation_steps(run.workers)
     totals: dict[str, float] = {}
-    for positions in mine(batch, run.rank, run.workers, passes):
+    for positions in shard(batch, run.rank, run.workers, passes):
         pixels = as_pixels(pictures.batch(batch[positions]), engine.device)
-        noise = _noise(config, pixels, [chance(run.seed, step, p) for p in positions.tolist()])
+        noise = _noise(config, pixels, [derived_seed(run.seed, step, p) for p in positions.tolist()])
         losses = engine(pixels, noise, 2 * step >= config.steps)
         engine.backward(losses["loss"])
         engine.step()
@@ -181,15 +182,15 @@ def _held_out_error(engine: Any, pictures: Pictures, config: ImageVaeConfig, run
 @torch.no_grad()
 def _write_sheet(vae: Any, train: Pictures, val: Pictures, run: Run, step: int) -> None:
     """Training and held-out pictures above what comes back of them: samples/step-N.png."""
-    originals, remade, captions = [], [], []
+    originals, reconstructed, captions = [], [], []
     for side, name in ((train, ""), (val, "held out: ")):
         for index in range(min(SHOWN, len(side))):
             picture = side.batch(np.array([index]))
             originals.append(picture[0])
             pixels = as_pixels(picture, vae.device)
-            remade.append(as_pictures(vae.decode(vae.encode(pixels).latent_dist.mean).sample)[0])
+            reconstructed.append(as_pictures(vae.decode(vae.encode(pixels).latent_dist.mean).sample)[0])
             captions.append(name + side.captions[index])
-    write_sheet(run.folder / "samples" / f"step-{step:08d}.png", [originals, remade], captions, SHOWN)
+    write_sheet(run.folder / "samples" / f"step-{step:08d}.png", [originals, reconstructed], captions, SHOWN)
 
 
 @torch.no_grad()

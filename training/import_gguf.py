@@ -6,13 +6,13 @@ tokenizer, its chat template and its special tokens come from the file's own met
 Leaves out: keeping the quantised blocks; files in several parts; architectures that transformers cannot read.
 """
 
-import hashlib
 import json
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.run import folder_atomic
+from training.store import sha256
 from training.tokenizer import CHATML, CHATML_MARKED
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def import_gguf(file: Path, out: Path) -> None:
     with folder_atomic(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        card = {"kind": "causal-lm", "source": file.name, "sha256": _sha256(file), **_about(file)}
+        card = {"kind": "causal-lm", "source": file.name, "sha256": sha256(file), **_about(file)}
         (folder / "chatforge.json").write_text(json.dumps(card, indent=2) + "\n", "utf-8")
 
 
@@ -92,8 +92,3 @@ def _about(file: Path) -> dict[str, Any]:
     fields = GGUFReader(file).fields
     keys = ("name", "organization", "license")
     return {key: fields[f"general.{key}"].contents() for key in keys if f"general.{key}" in fields}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

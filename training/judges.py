@@ -15,9 +15,7 @@ Judge = Callable[[Sequence[Message], str], float]  # (prompt, completion) -> sco
 
 
 def judge(name: str) -> Judge:
-    """The judge of that name. Raises StageError for an unknown one, or where its package is not installed."""
-    if name not in JUDGES:
-        raise StageError(f"judge={name!r}: there is no such judge; there are {', '.join(JUDGES)}")
+    """The judge of that name, which a recipe's `judge` may be. Raises StageError where its package is missing."""
     if importlib.util.find_spec("vaderSentiment") is None:
         raise StageError("judge='vader': needs the package vaderSentiment; install it: pip install chatforge[demo]")
     return JUDGES[name]

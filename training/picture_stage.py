@@ -32,11 +32,13 @@ def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
     """
     train, val = run.folder / "train", run.folder / "val"
     training, validating = captioned_sides(config, run)
+    name = f"{run.stage}.images"
     bad: list[str] = []
     if not train.exists():
-        bad += write_pictures(training, config.resolution, multiple, train)
+        bad += write_pictures(training, config.resolution, multiple, train, f"{name}, to learn from")
     if not val.exists():
-        bad += write_pictures(validating, config.resolution, multiple, val, seen=frozenset(Pictures(train).hashes))
+        seen = frozenset(Pictures(train).hashes)
+        bad += write_pictures(validating, config.resolution, multiple, val, f"{name}, held out", seen)
     if bad:
         run.note(f"{len(bad)} pictures cannot be decoded and were skipped, the first: {bad[0]}")
     run.note(f"{len(Pictures(train))} pictures to learn from, {len(Pictures(val))} held out")
@@ -45,8 +47,8 @@ def prepare_pictures(config: PicturesConfig, run: Run, multiple: int) -> None:
 def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], list[Captioned]]:
     """(training side, held-out side), the same for both stages.
 
-    Held out are captions. Where there are few, each of many pictures, to hold one out would be to never learn a kind of
-    things: pictures are held out then.
+    Splits by caption. With few distinct captions (class labels), splitting by caption would remove whole classes from
+    training, so it splits by picture. Raises DataError where a record is wrong, or a side is left empty.
     """
     records = read_captioned(config.images)
     captions = len({normalised(record.caption) for record in records})
@@ -56,7 +58,7 @@ def captioned_sides(config: PicturesConfig, run: Run) -> tuple[list[Captioned], 
         training, validating = split(records, run.seed, run.val_fraction)
     if not training or not validating:
         raise DataError(
-            f"images: {len(training)} pictures to learn from and {len(validating)} held out are too few; "
+            f"{run.stage}.images: {len(training)} pictures to learn from and {len(validating)} held out are too few; "
             f"give more, or another val_fraction than {run.val_fraction}"
         )
     return training, validating
@@ -72,7 +74,7 @@ def _split_pictures(records: Sequence[Captioned], run: Run) -> tuple[list[Captio
 
 
 def rate(config: PicturesConfig) -> Callable[[int], float]:
-    """Learning-rate multiplier at optimiser step 0, 1, ..."""
+    """Learning-rate multiplier at optimiser step 0, 1, ...: linear warm-up, then the config's schedule."""
     warmup = round(config.warmup_ratio * config.steps)
     if config.schedule == "constant":
         return lambda step: min(1.0, (step + 1) / (warmup + 1))
@@ -88,15 +90,27 @@ def norm_groups(channels: Sequence[int]) -> int:
     return max(1, min(32, math.gcd(*channels) // 4))
 
 
-def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:
-    """A folder that every run beside this one finds again: what `write` made of `parts`, which identify its content."""
+def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None]) -> str:
+    """A folder that every run beside this one finds again: what `write` made of `parts`, which identify its content.
+
+    Returns its name, for `fetched`.
+    """
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = run.root.parent / ".cache" / kind / digest
-    with locked(folder.with_name(f"{folder.name}.making")):  # by one of the runs that want it
+    name = f".cache/{kind}/{digest}"
+    folder = run.root.parent / name
+    with locked(folder.with_name(f"{digest}.making")):  # by one of the runs that want it
         if not mirror.pull_shared(run, folder):
             with folder_atomic(folder) as temporary:
                 write(temporary)
             mirror.push_shared(run, folder)
+    return name
+
+
+def fetched(run: Run, name: str) -> Path:
+    """Where a folder that is `cached` lies on this worker's disk."""
+    folder = run.root.parent / name
+    there = mirror.pull_shared(run, folder)
+    assert there, f"{folder} was not left by the first worker"
     return folder
 
 
@@ -106,7 +120,7 @@ def as_pixels(pictures: np.ndarray, device: torch.device) -> Tensor:
 
 
 def as_pictures(pixels: Tensor) -> np.ndarray:
-    """The way back."""
+    """The way back: [B, 3, H, W], what is beyond -1..1 cut off, to [B, H, W, 3] uint8."""
     return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -114,7 +128,7 @@ def as_pictures(pixels: Tensor) -> np.ndarray:
 
 
 def save(engine: Any, ema: Ema, run: Run, step: int) -> None:
-    """All ranks call it."""
+    """A checkpoint after `step` optimiser steps, averages included; all ranks call it."""
 
     def write(folder: Path) -> None:
         engine.save_checkpoint(str(folder), tag="deepspeed")
@@ -124,7 +138,10 @@ def save(engine: Any, ema: Ema, run: Run, step: int) -> None:
 
 
 def resume(engine: Any, ema: Ema, run: Run) -> int:
-    """The step to go on from."""
+    """Loads the newest checkpoint, averages included; returns the optimiser step to go on from, 0 where there is none.
+
+    All ranks call it.
+    """
     start = zero.resume(engine, run)
     if latest := run.latest_checkpoint():
         ema.load(latest[1], 0 if zero.is_resized(run) else run.rank)  # up to ZeRO-2 every rank has all averages

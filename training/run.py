@@ -141,11 +141,17 @@ def _tensorboard(folder: Path) -> Any:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """The old content or the new one, never a part."""
+    with file_atomic(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def file_atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; the file there, flushed, takes `path`'s place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
+    yield temporary
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 

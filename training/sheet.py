@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from training.run import file_atomic
+
 DRAWINGS = "drawings.png"  # in the evaluate stage's folder
 _CELL = 96  # pixels: small pictures are enlarged to it, so that their pixels can be seen
 _LINE = 12
@@ -31,10 +33,8 @@ def write_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], captions: Sequ
             draw.text((left, top + line * _LINE), text, fill="black", font=font)
         for n, row in enumerate(rows):
             sheet.paste(_fitted(row[i]), (left, top + _LINES * _LINE + _MARGIN + n * (_CELL + _MARGIN)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, "PNG")
-    temporary.replace(path)
+    with file_atomic(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def _fitted(picture: np.ndarray) -> Image.Image:

@@ -81,20 +81,13 @@ def run(config: TokenizerConfig, run: Run) -> None:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE of at most `vocab_size` tokens, special ones included; a small text gives fewer."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    words = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte, so that no text is out of vocabulary
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
-    )
-    with tokenizing_on_all_cores():
-        bpe.train_from_iterator(texts, trainer)
+    bpe = train_bpe(texts, words, vocab_size, SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
@@ -104,6 +97,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_bpe(texts: Iterable[str], words: Any, vocab_size: int, special_tokens: Sequence[str]) -> Any:
+    """A byte-level BPE (Sennrich et al. 2016) over all cores, as `tokenizers` has it; ids begin with `special_tokens`.
+
+    `words` is the pre-tokenizer: nothing merges beyond a word. No text is out of the vocabulary, which has every byte.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = words
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with tokenizing_on_all_cores():
+        bpe.train_from_iterator(texts, trainer)
+    return bpe
 
 
 def bytes_per_token(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> float:

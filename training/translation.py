@@ -30,7 +30,7 @@ from serving.translation.codec import Codec
 from training import zero
 from training.config import TranslationConfig, padded_vocab
 from training.data.examples import Batches, Example, Examples, write_examples
-from training.data.pairs import Pair, read_sides
+from training.data.pairs import Pair, counted, read_sides
 from training.run import Run, StageError, folder_atomic
 from training.subwords import train_subwords
 from training.trainer import peft_config
@@ -48,8 +48,8 @@ def run(config: TranslationConfig, run: Run) -> None:
     train, val = (Batches(Examples(run.folder / side), config.batch_tokens, run.seed) for side in ("train", "val"))
 
     model = build_model(config, tokenizer)
-    twin = copy.deepcopy(model) if held_out else None
-    validation = Validation(config, run, tokenizer, twin, held_out)
+    eval_model = copy.deepcopy(model) if held_out else None
+    validation = Validation(config, run, tokenizer, eval_model, held_out)
     optimizer = torch.optim.AdamW(
         zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-9
     )
@@ -103,7 +103,7 @@ def _prepare(config: TranslationConfig, run: Run) -> HeldOut:
     dropped = sides.dropped | {"longer than max_length": len(sides.training) - len(Examples(run.folder / "train"))}
     sizes = {"learn from": sides.training, "validate on": sides.validation, "test on": sides.test}
     run.note("pairs: " + ", ".join(f"{len(side)} to {what}" for what, side in sizes.items()))
-    if left_out := ", ".join(f"{count} {why}" for why, count in dropped.items() if count):
+    if left_out := counted(dropped):
         run.note(f"left out: {left_out}")
     return HeldOut(sides.validation, sides.source_script)
 

@@ -5,7 +5,6 @@ last validations' weights up to the best one (Vaswani et al. 2017, 6.1).
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from training import zero
 from training.config import TranslationConfig
 from training.data.pairs import Pair
 from training.measure_translation import chrf, translated
-from training.run import Run, save_model
+from training.run import Run, file_atomic, save_model
 
 Weights = dict[str, torch.Tensor]  # parameters by name
 
@@ -42,10 +41,11 @@ class Validation:
     """
 
     def __init__(
-        self, config: TranslationConfig, run: Run, tokenizer: Any, twin: Any, held_out: HeldOut | None
+        self, config: TranslationConfig, run: Run, tokenizer: Any, eval_model: Any, held_out: HeldOut | None
     ) -> None:
-        """`twin`, a second copy of the model, and `held_out` are rank 0's."""
-        self._config, self._run, self._tokenizer, self._twin, self._held_out = config, run, tokenizer, twin, held_out
+        """`eval_model`, a second copy of the model, and `held_out` are rank 0's."""
+        self._config, self._run, self._tokenizer = config, run, tokenizer
+        self._eval_model, self._held_out = eval_model, held_out
         self._folder = run.checkpoints / "averages"
         self._scores: dict[int, float] = {}  # step → chrF
 
@@ -56,7 +56,7 @@ class Validation:
         if self._run.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.iterdir():
-                if _step_of(path) > step:
+                if path.suffix == ".tmp" or _step_of(path) > step:  # a kill left the first
                     path.unlink()
         zero.barrier()
 
@@ -125,10 +125,10 @@ class Validation:
     def _write(self, weights: Weights, folder: Path) -> None:
         """A model folder of these weights, adapters merged."""
         with torch.no_grad():
-            for name, parameter in self._twin.named_parameters():
+            for name, parameter in self._eval_model.named_parameters():
                 parameter.copy_(weights[name])
-        adapted = hasattr(self._twin, "merge_and_unload")
-        model = copy.deepcopy(self._twin).merge_and_unload() if adapted else self._twin
+        adapted = hasattr(self._eval_model, "merge_and_unload")
+        model = copy.deepcopy(self._eval_model).merge_and_unload() if adapted else self._eval_model
         model.config.use_cache = True
         model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
@@ -145,8 +145,5 @@ def _step_of(path: Path) -> int:
 
 def _save(weights: Weights, path: Path) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f"writing-{_step_of(path)}.tmp")
-    save_file(weights, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with file_atomic(path) as temporary:
+        save_file(weights, temporary)

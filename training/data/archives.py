@@ -11,9 +11,9 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from training.data.records import DataError, Fields
+from training.data.records import DataError, Fields, Line, json_lines, open_file
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _TEXTS = (".txt", ".json")
@@ -27,7 +27,7 @@ class _Bytes:
     """Stretches of a file; kept open, since a packed one is read from its start when it goes back."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _open(path)
+        self._file = open_file(path)
 
     def read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
@@ -38,7 +38,7 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Fields]]:
     """A row for every picture, in the tar's order; the caption is its .txt, or a field of its .json."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
-        with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 stem, kind = _stem_and_kind(member.name)
                 if member.isreg() and kind in _PICTURES + _TEXTS:
@@ -77,7 +77,7 @@ def _tar_fields(path: Path, contents: _Bytes, parts: dict[str, tarfile.TarInfo])
 # ---- npz: `images` uint8 [N, height, width, 3], and a .jsonl of the same stem with N lines
 
 
-def npz_rows(path: Path) -> Iterator[tuple[str, Fields]]:
+def npz_rows(path: Path) -> Iterator[tuple[str, Line]]:
     """A row for every picture; the array is in memory as a whole."""
     import numpy as np
 
@@ -91,33 +91,16 @@ def npz_rows(path: Path) -> Iterator[tuple[str, Fields]]:
         raise DataError(f"{path}: has no array `images` that can be read: {error}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise DataError(f"{path}: images: must be uint8 [N, height, width, 3], not {images.dtype} {images.shape}")
-    try:
-        text = lines.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{lines}: not UTF-8: byte {error.start + 1}") from None
-    numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if len(numbered) != len(images):
-        raise DataError(f"{path}: has {len(images)} images, and {lines.name} has {len(numbered)} lines")
-    for index, (number, line) in enumerate(numbered):
-        yield (
-            f"{lines}:{number}",
-            {**_json_object(line, f"{lines}:{number}"), IMAGE: partial(images.__getitem__, index)},
-        )
+    described = list(json_lines(lines))
+    if len(described) != len(images):
+        raise DataError(f"{path}: has {len(images)} images, and {lines.name} has {len(described)} lines")
+    for index, (where, line) in enumerate(described):
+        yield where, Line(line, {IMAGE: partial(images.__getitem__, index)})
 
 
 def beside(path: Path) -> Path:
     """Where the captions of an .npz are."""
     return path.with_suffix(".jsonl")
-
-
-def _json_object(line: str, where: str) -> Fields:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: a record is a JSON object, not {type(fields).__name__}")
-    return fields
 
 
 # ---- parquet
@@ -129,7 +112,7 @@ class _Column:
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
 
-        self._file = pq.ParquetFile(_open(path))
+        self._file = pq.ParquetFile(open_file(path))
         self._group: tuple[int, Any] = (-1, None)
 
     def read(self, group: int, row: int) -> Any:
@@ -145,7 +128,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Fields]]:
 
     number = 0
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             table = pq.ParquetFile(file)
             others = [name for name in table.schema_arrow.names if name != IMAGE]
             pictures = _Column(path) if IMAGE in table.schema_arrow.names else None
@@ -179,7 +162,3 @@ def hub_rows(rows: Any, name: str) -> Iterator[tuple[str, Fields]]:
 
 def _hub_image(images: Any, index: int) -> Any:
     return images[index][IMAGE]
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]

@@ -11,7 +11,6 @@ The caption is the field `caption`, `text` or `caption_en`, the first of them th
 records with the same id fall on the same side of the split; without one, those with the same caption do.
 """
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from training.data.records import Fields
+from training.data.records import Fields, plain
 from training.data.sources import read_placed, record_key
 from training.data.split import normalised
 
@@ -65,7 +64,7 @@ def _caption(fields: Fields) -> str:
         raise ValueError(f"caption: is missing; there are {', '.join(fields) or 'no fields'}")
     if not isinstance(fields[name], str):
         raise ValueError(f"{name}: must be a text, not {fields[name]!r}")
-    caption = " ".join(unicodedata.normalize("NFC", fields[name]).split())
+    caption = plain(fields[name])
     if not caption:
         raise ValueError(f"{name}: is empty")
     return caption

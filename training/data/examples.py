@@ -9,6 +9,7 @@ import numpy as np
 
 from training.data.pairs import Pair
 from training.data.records import DataError
+from training.device import tokenizing_on_all_cores
 from training.run import folder_atomic
 
 CHUNK = 20_000  # pairs that are tokenised at once
@@ -39,8 +40,9 @@ def write_examples(pairs: Sequence[Pair], encoder: Encoder, max_length: int, fol
     targets: list[np.ndarray] = []
     for first in range(0, len(pairs), CHUNK):
         chunk = pairs[first : first + CHUNK]
-        tokens = encoder.encode([pair.source for pair in chunk])
-        made = encoder.encode_targets([pair.target for pair in chunk])
+        with tokenizing_on_all_cores():
+            tokens = encoder.encode([pair.source for pair in chunk])
+            made = encoder.encode_targets([pair.target for pair in chunk])
         for source, target in zip(tokens, made, strict=True):
             if max(len(source), len(target)) <= max_length:
                 sources.append(np.array(source, np.int32))

@@ -6,7 +6,6 @@ the same id fall on the same side of the split; without one, those with the same
 
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from serving.translation.scripts import script_of
-from training.data.records import DataError, Fields
+from training.data.records import DataError, Fields, plain
 from training.data.sources import read, record_key
 from training.data.split import normalised, split, unseen
 
@@ -68,10 +67,18 @@ def read_sides(
     apart = unseen(held_out, training, by=lambda pair: pair.target)
     dropped["in training too"] = len(pairs) - len(training) - len(apart)
     if not training or len(apart) < 2:
-        raise DataError(f"pairs: {len(training)} to learn from and {len(apart)} held out are too few; {dropped}")
+        raise DataError(
+            f"translation.pairs: {len(training)} to learn from and {len(apart)} held out are too few; give more, or "
+            f"another val_fraction than {val_fraction} (left out: {counted(dropped) or 'none'})"
+        )
     random.Random(seed).shuffle(apart)
     count = min(VAL_PAIRS, len(apart) // 2)
     return Sides(training, apart[:count], apart[count:], dropped, script)
+
+
+def counted(dropped: dict[str, int]) -> str:
+    """`dropped` of `Sides` in words; empty where nothing was."""
+    return ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
 
 
 # ---- cleaning
@@ -164,4 +171,4 @@ def _key(by_language: Fields, language: str) -> str:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: must be a text, not {value!r}")
-    return " ".join(unicodedata.normalize("NFC", value).split())
+    return plain(value)

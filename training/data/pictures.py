@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from PIL import Image, ImageOps
 
+from training.config import nearest_multiple
 from training.data.captions import Captioned
 from training.data.records import DataError
 from training.run import folder_atomic, read_jsonl
@@ -24,6 +25,7 @@ Size: TypeAlias = tuple[int, int]  # width and height in pixels, as Pillow has t
 MAX_PIXELS = 2**26  # of a picture before it is fitted: 8192 × 8192; more is taken for a decompression bomb
 MAX_ASPECT = 2.0  # of a bucket: a longer picture loses its ends
 STEPS = 8  # the resolution is at least so many times the step from one bucket's width to the next
+MAX_BAD = 0.01  # of all pictures: so many may be impossible to decode
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -84,8 +86,8 @@ def buckets(resolution: int, multiple: int) -> list[Size]:
 
     Sides are multiples of `multiple`, what the model's downsampling needs. Raises DataError where resolution is none.
     """
-    if resolution < multiple or resolution % multiple:
-        raise DataError(f"resolution={resolution} must be a multiple of {multiple} pixels, which one latent stands for")
+    if resolution != (nearest := nearest_multiple(resolution, multiple)):
+        raise DataError(f"resolution={resolution} must be a multiple of {multiple} pixels; the nearest is {nearest}")
     step = multiple * max(1, resolution // (STEPS * multiple))
     wide = []
     for width in range(resolution + step, resolution * 2, step):
@@ -113,14 +115,14 @@ def write_pictures(
     resolution: int,
     multiple: int,
     folder: Path,
-    max_bad: float = 0.01,
+    name: str = "images",
     seen: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Pixels of every bucket as WIDTHxHEIGHT.npy uint8 [N, height, width, 3], and index.jsonl; whole or not at all.
 
     Those whose pixels have a hash in `seen` are left out. Pictures that cannot be decoded are skipped and printed; the
-    list of them, `name: why`, is returned. Raises DataError where they are more than `max_bad` of all (one is never too
-    many), or nothing is left.
+    list of them, `where: why`, is returned. Raises DataError, with what messages call the pictures, `name`, where they
+    are more than MAX_BAD of all (one is never too many), or nothing is left.
     """
     sizes = buckets(resolution, multiple)
     bad: list[str] = []
@@ -134,10 +136,16 @@ def write_pictures(
                 print(f"skipped: {error}", flush=True)
                 continue
             writer.add(record.caption, fit(image, nearest_bucket(image.size, sizes)))
-        if len(bad) > max(1, max_bad * len(records)):
-            raise DataError(f"{bad[0]} ({len(bad)} of {len(records)} pictures are bad, more than max_bad={max_bad:g})")
+        if len(bad) > max(1, MAX_BAD * len(records)):
+            raise DataError(
+                f"{name}: {len(bad)} of {len(records)} pictures cannot be decoded (at most {100 * MAX_BAD:g} % may be);"
+                f" remove or repair them; first: {bad[0]}"
+            )
         if not writer.index:
-            raise DataError("pictures: there are none to learn from")
+            raise DataError(
+                f"{name}: none of {len(records)} pictures is left: {len(bad)} cannot be decoded, "
+                f"{len(records) - len(bad)} are on the training side too; give more pictures, or another val_fraction"
+            )
         writer.finish()
     return bad
 

@@ -39,12 +39,6 @@ def read_rankings(sources: Sequence[str]) -> list[Ranking]:
     return list(read(sources, lambda fields: [_parse(fields)]))
 
 
-def pairs(ranking: Ranking) -> list[tuple[str, str]]:
-    """(chosen, rejected) for every two completions of different rank: at most K·(K−1)/2 (Ouyang et al. 2022, 3.5)."""
-    ranked = list(zip(ranking.ranks, ranking.completions, strict=True))
-    return [(better, worse) for high, better in ranked for low, worse in ranked if high < low]
-
-
 def _parse(fields: Fields) -> Ranking:
     if "prompt" not in fields:
         raise ValueError("prompt: is missing")

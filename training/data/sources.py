@@ -12,10 +12,8 @@ Imports nothing heavy, so that a pipeline can check and fingerprint its sources 
 
 import contextlib
 import glob
-import gzip
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from typing import Literal, TypeVar
 
 from training.copies import content_id, local_copy
 from training.data import archives
-from training.data.records import DataError, Fields
+from training.data.records import DataError, Fields, Line, json_lines, open_file, text_lines
 from training.store import is_uri
 
 Parsed = TypeVar("Parsed")
@@ -71,7 +69,7 @@ def read_placed(sources: Sequence[str], parse: Callable[[str, Fields], Iterable[
         for where, row in _rows(source):
             empty = False
             try:
-                parsed = list(parse(where, _fields(row)))
+                parsed = list(parse(where, row.fields() if isinstance(row, Line) else row))
             except ValueError as error:
                 first = first or f"{where}: {error}" + (f" (a copy of {source.name})" if source.kind == "uri" else "")
                 bad += 1
@@ -135,12 +133,14 @@ def _matching_files(pattern: str) -> tuple[Path, ...]:
         raise DataError(f"{pattern}: matches no file (a source is a path, a glob, hub:OWNER/NAME or sample:NAME)")
     for path in paths:
         if _format(path) not in _READERS:
-            raise DataError(f"{path}: not a format that is read here; use {', '.join(_READERS)} (each also as .gz)")
+            known = f"{', '.join(_READERS)} (all but .npz also as .gz)"
+            raise DataError(f"{path}: not a format that is read here; use {known}")
     return paths
 
 
 def _format(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    """What `_READERS` knows it by; an .npz is packed in itself, and is none of them in a .gz."""
+    return path.suffix if path.suffix != ".gz" or path.stem.endswith(".npz") else Path(path.stem).suffix
 
 
 def _hub_parts(name: str) -> tuple[str, str | None, str]:
@@ -176,7 +176,7 @@ def with_pictures(path: Path) -> Iterator[Path]:
     elif path.name == METADATA:
         for _, line in _json_rows(path):
             with contextlib.suppress(ValueError):  # reading it will point to it
-                name = _fields(line).get("file_name")
+                name = line.fields().get("file_name")
                 yield from filter(Path.is_file, [path.parent / name] if isinstance(name, str) else [])
 
 
@@ -190,8 +190,8 @@ def _hub_revision(name: str) -> str:
         raise DataError(f"{name}: the hub gives no such data set: {error}") from error
 
 
-def _rows(source: Source) -> Iterator[tuple[str, bytes | Fields]]:
-    """(where it stands, the row: its fields, or a line of JSON still to be read)."""
+def _rows(source: Source) -> Iterator[tuple[str, Line | Fields]]:
+    """(where it stands, the row)."""
     if source.kind == "sample":
         import training.data.samples as samples
 
@@ -208,39 +208,15 @@ def _rows(source: Source) -> Iterator[tuple[str, bytes | Fields]]:
             yield from _READERS[_format(path)](path)
 
 
-def _fields(row: bytes | Fields) -> Fields:
-    if isinstance(row, dict):
-        return row
-    try:
-        fields = json.loads(row.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"a record is a JSON object, not {type(fields).__name__}")
-    return fields
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines without their ends; a byte order mark at the start is dropped."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: not a whole gzip file: {error}") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, bytes]]:
-    yield from ((f"{path}:{number}", line) for number, line in _lines(path) if line.strip())
+def _json_rows(path: Path) -> Iterator[tuple[str, Line]]:
+    yield from ((where, Line(line)) for where, line in json_lines(path))
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, Fields]]:
     """One row a document; blank lines part them, a single newline stays inside."""
     block: list[str] = []
     start = 1
-    for number, text in _text_lines(path):
+    for number, text in text_lines(path):
         if text.strip():
             start = start if block else number
             block.append(text)
@@ -251,16 +227,8 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Fields]]:
         yield f"{path}:{start}", {"text": "\n".join(block)}
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in _lines(path):
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from None
-
-
 def _tsv_rows(path: Path) -> Iterator[tuple[str, Fields]]:
-    yield from ((f"{path}:{number}", {"columns": text.split("\t")}) for number, text in _text_lines(path) if text)
+    yield from ((f"{path}:{number}", {"columns": text.split("\t")}) for number, text in text_lines(path) if text)
 
 
 def _po_rows(path: Path) -> Iterator[tuple[str, Fields]]:
@@ -270,7 +238,7 @@ def _po_rows(path: Path) -> Iterator[tuple[str, Fields]]:
     """
     from babel.messages.pofile import PoFileError, read_po
 
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with open_file(path) as file:
         try:
             catalogue = read_po(file, abort_invalid=True)
         except (PoFileError, ValueError, LookupError) as error:
@@ -288,7 +256,7 @@ def _po_rows(path: Path) -> Iterator[tuple[str, Fields]]:
 
 def _twin_rows(source: Source) -> Iterator[tuple[str, Fields]]:
     names = next(iter(_BRACES.findall(source.name)))
-    both = itertools.zip_longest(*(_text_lines(path) for path in source.paths))
+    both = itertools.zip_longest(*(text_lines(path) for path in source.paths))
     for number, (first, second) in enumerate(both, 1):
         if first is None or second is None:
             short, long = source.paths if first is None else source.paths[::-1]
@@ -296,7 +264,7 @@ def _twin_rows(source: Source) -> Iterator[tuple[str, Fields]]:
         yield f"{source.paths[0]}:{number}", {"translation": dict(zip(names, (first[1], second[1]), strict=True))}
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, bytes | Fields]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Line | Fields]]]] = {
     ".txt": _text_rows,
     ".jsonl": _json_rows,
     ".parquet": archives.parquet_rows,

@@ -1,4 +1,4 @@
-"""Which pictures make which batch: a pure function of the seed and the step."""
+"""Which pictures make which batch: a pure function of the seed and the step, by buckets of one aspect ratio."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -6,20 +6,20 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 
-class Turns:
-    """Batches of equal size, each of one kind (pictures of one shape); every epoch in an order of its own.
+class BucketSampler:
+    """Batches of equal size, each of one bucket (pictures of one shape); every epoch in an order of its own.
 
-    Every picture has its turn about as often as any other: a kind that is too rare to fill a batch has one in some
+    Every picture is learnt about as often as any other: a bucket that is too rare to fill a batch has one in some
     epochs only.
     """
 
-    def __init__(self, kinds: Sequence[Hashable], batch_size: int, seed: int) -> None:
-        """`kinds` has that of each picture."""
+    def __init__(self, buckets: Sequence[Hashable], batch_size: int, seed: int) -> None:
+        """`buckets` has that of each picture."""
         members = defaultdict(list)
-        for index, kind in enumerate(kinds):
-            members[kind].append(index)
+        for index, bucket in enumerate(buckets):
+            members[bucket].append(index)
         self._members = [np.array(indices) for indices in members.values()]
-        self._pictures, self._batch_size, self._seed = len(kinds), batch_size, seed
+        self._pictures, self._batch_size, self._seed = len(buckets), batch_size, seed
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __len__(self) -> int:
@@ -46,12 +46,7 @@ class Turns:
         return [batches[i] for i in random.permutation(len(batches))]
 
 
-def mine(batch: np.ndarray, rank: int, workers: int, passes: int) -> list[np.ndarray]:
+def shard(batch: np.ndarray, rank: int, workers: int, passes: int) -> list[np.ndarray]:
     """A worker's part of a batch, a row each pass: positions in the batch, so that its random numbers are its own."""
     assert len(batch) % (workers * passes) == 0
     return list(np.arange(len(batch)).reshape(passes, workers, -1)[:, rank])
-
-
-def chance(seed: int, step: int, position: int) -> int:
-    """A seed for the random numbers of one picture in one step, whichever worker it falls to."""
-    return int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0] >> 1)
