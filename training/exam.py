@@ -18,9 +18,9 @@ from training.data.chats import Message
 from training.data.prompts import read_prompts
 from training.data.split import split
 from training.judges import judge
-from training.ppo_trainer import derived_seed
 from training.recipe import Recipe
 from training.run import Run
+from training.seeds import derived_seed
 from training.stats import Estimate, distinct_n, mean_and_stderr, most_frequent, paired_difference
 from training.store import is_uri
 from training.tokenizer import encode_prompt

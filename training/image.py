@@ -8,7 +8,6 @@ which the first worker's memory does not hold a second copy, to draw with.
 """
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -65,14 +64,12 @@ def run(config: ImageConfig, run: Run) -> None:
     for step in range(start, config.steps):
         began = time.perf_counter()
         loss = _train_step(engine, config, run, train, objective, sampler.at(step), step)
-        if not math.isfinite(loss):
-            raise StageError(f"image: the loss at step {step} is {loss}: lower learning_rate={config.learning_rate}")
+        zero.require_finite(run, step, loss, config)
         ema.update(step)
         taken = step + 1
         metrics = {
             "loss": loss,
-            "learning_rate": float(scheduler.get_last_lr()[0]),
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            **zero.step_metrics(engine, scheduler),
             "images_per_second": config.batch_size / (time.perf_counter() - began),
         }
         if taken % config.sample_every == 0 or taken == config.steps:

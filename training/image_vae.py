@@ -30,7 +30,7 @@ from training.diffusion_math import kl_to_standard_normal
 from training.ema import Ema
 from training.features import features_at_hand, perceptual
 from training.picture_stage import as_pictures, as_pixels, norm_groups, prepare_pictures, rate, resume, save
-from training.run import Run, StageError, save_model
+from training.run import Run, save_model
 from training.seeds import derived_seed
 from training.sheet import write_sheet
 
@@ -59,15 +59,11 @@ def run(config: ImageVaeConfig, run: Run) -> None:
     for step in range(start, config.steps):
         began = time.perf_counter()
         losses = _train_step(engine, config, run, train, sampler.at(step), step)
-        if not math.isfinite(losses["loss"]):
-            raise StageError(
-                f"image_vae: the loss at step {step} is {losses['loss']}: lower learning_rate={config.learning_rate}"
-            )
+        zero.require_finite(run, step, losses["loss"], config)
         ema.update(step)
         taken = step + 1
         metrics = losses | {
-            "learning_rate": float(scheduler.get_last_lr()[0]),
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            **zero.step_metrics(engine, scheduler),
             "images_per_second": config.batch_size / (time.perf_counter() - began),
         }
         if taken % config.sample_every == 0 or taken == config.steps:

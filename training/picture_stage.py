@@ -128,13 +128,8 @@ def as_pictures(pixels: Tensor) -> np.ndarray:
 
 
 def save(engine: Any, ema: Ema, run: Run, step: int) -> None:
-    """A checkpoint after `step` optimiser steps, averages included; all ranks call it."""
-
-    def write(folder: Path) -> None:
-        engine.save_checkpoint(str(folder), tag="deepspeed")
-        ema.save(folder, run.rank)
-
-    zero.save_checkpoint(run, step, write)
+    """All ranks call it."""
+    zero.save(engine, run, step, lambda folder: ema.save(folder, run.rank))
 
 
 def resume(engine: Any, ema: Ema, run: Run) -> int:

@@ -4,7 +4,6 @@ It keeps the names of TRL's PPOConfig. Policy and critic learn on one DeepSpeed 
 rollouts) comes in through the constructor. Shapes: B episodes, C actions, as in ppo_math.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -27,13 +26,13 @@ from training.ppo_engines import RemoteRollouts
 from training.ppo_models import Episodes, logprobs, logprobs_and_entropy, state_values
 from training.ppo_rollout import Rollouts
 from training.run import Run, StageError
+from training.seeds import derived_seed
 from training.trainer import trainer_arguments
 
 # (prompts' token ids, completions' token ids) → one number per episode, [B]
 Reward = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor]
 
 RUNAWAY_ROLLOUTS = 5  # in a row with hardly a turn ended, before the stage gives up
-CHECKPOINT = "engine"
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,7 @@ class PPOTrainer(_BaseTrainer):
 
     def _write(self, folder: Path) -> None:
         for name in ("policy", "critic"):
-            getattr(self.models, name).save_checkpoint(str(folder / name), tag=CHECKPOINT)
+            getattr(self.models, name).save_checkpoint(str(folder / name), tag=zero.TAG)
         if self.run.rank == 0:
             (folder / "progress.json").write_text(json.dumps(asdict(self.progress)), "utf-8")
 
@@ -287,7 +286,7 @@ class PPOTrainer(_BaseTrainer):
         if folder is None:
             return 0
         for name in ("policy", "critic"):
-            zero.load(getattr(self.models, name), folder / name, CHECKPOINT, self.run)
+            zero.load(getattr(self.models, name), folder / name, self.run)
         self.progress = PPOProgress(**json.loads((folder / "progress.json").read_text("utf-8")))
         self.kl.coef = self.progress.kl_coef
         zero.restore_random_state(self.run, folder)
@@ -303,12 +302,6 @@ def autocast_like(engine: Any) -> AbstractContextManager[Any]:
     if not engine.torch_autocast_enabled():
         return nullcontext()
     return torch.autocast(engine.device.type, dtype=engine.torch_autocast_dtype())
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed below 2^63 for one thing among many, independent of the others'."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def shuffled(position: int, size: int, seed: int) -> int:

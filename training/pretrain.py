@@ -24,7 +24,7 @@ from transformers import (
 from training import zero
 from training.config import PretrainConfig, padded_vocab
 from training.data.text import PackedTokens, order, tokenize_to_shards
-from training.run import Run, StageError
+from training.run import Run
 
 VAL_WINDOWS = 64  # of the held-out split, for the validations along the way; the last one reads all of it
 
@@ -47,13 +47,11 @@ def run(config: PretrainConfig, run: Run) -> None:
     for step in range(start, config.steps):
         began = time.perf_counter()
         loss = _train_step(engine, config, run, train, step)
-        if not math.isfinite(loss):
-            raise StageError(f"pretrain: the loss at step {step} is {loss}: lower learning_rate={config.learning_rate}")
+        zero.require_finite(run, step, loss, config)
         taken = step + 1
         metrics = {
             "loss": loss,
-            "learning_rate": float(scheduler.get_last_lr()[0]),
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            **zero.step_metrics(engine, scheduler),
             "tokens_per_second": config.batch_tokens / (time.perf_counter() - began),
         }
         if taken % config.eval_every == 0 or taken == config.steps:
@@ -61,7 +59,7 @@ def run(config: PretrainConfig, run: Run) -> None:
             metrics["val_bits_per_byte"] = bits_per_byte(engine, val, config.micro_batch_size, run, windows)
         run.log(taken, config.steps, **metrics)
         if zero.checkpoint_is_due(config, run, taken, config.steps):
-            zero.save_checkpoint(run, taken, lambda folder: engine.save_checkpoint(str(folder), tag="deepspeed"))
+            zero.save(engine, run, taken)
     zero.export(engine, run, tokenizer, kind="causal-lm")
 
 

@@ -1,8 +1,9 @@
 """Seeds made of a run's seed: what is drawn with one depends on what it is for, and not on which worker draws it."""
 
-import numpy as np
+import hashlib
 
 
-def derived_seed(*parts: int) -> int:
-    """A seed from 0 to 2^63 - 1 that is a hash of `parts`, whole numbers from 0: run seed, step, position, say."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def derived_seed(*parts: object) -> int:
+    """A seed from 0 to 2^63 - 1 for one thing among many, independent of the others': a hash of `parts` as words."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

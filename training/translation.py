@@ -64,15 +64,11 @@ def run(config: TranslationConfig, run: Run) -> None:
         began = time.perf_counter()
         batch = train.at(step)
         loss = _train_step(engine, config, run, batch)
-        if not math.isfinite(loss):
-            raise StageError(
-                f"translation: the loss at step {step} is {loss}: lower learning_rate={config.learning_rate}"
-            )
+        zero.require_finite(run, step, loss, config)
         taken = step + 1
         metrics = {
             "loss": loss,
-            "learning_rate": float(scheduler.get_last_lr()[0]),
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            **zero.step_metrics(engine, scheduler),
             "tokens_per_second": sum(len(e.source) + len(e.target) for e in batch) / (time.perf_counter() - began),
         }
         if taken % config.eval_every == 0 or taken == config.steps:
@@ -80,7 +76,7 @@ def run(config: TranslationConfig, run: Run) -> None:
             metrics["val_chrf"] = validation.measure(engine, taken)
         run.log(taken, config.steps, **metrics)
         if zero.checkpoint_is_due(config, run, taken, config.steps):
-            zero.save_checkpoint(run, taken, lambda folder: engine.save_checkpoint(str(folder), tag="deepspeed"))
+            zero.save(engine, run, taken)
     validation.export()
 
 

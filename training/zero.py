@@ -6,6 +6,7 @@ tensors under ZeRO 0 to 3 (Rajbhandari et al. 2020), and matrix products run in 
 """
 
 import argparse
+import math
 import os
 import random
 import shutil
@@ -24,12 +25,13 @@ from training.config import StageConfig, TrainingConfig, TranslationConfig
 from training.copies import local_copy
 from training.device import ENVIRONMENT, backend
 from training.recipe import MODELS, PARENTS
-from training.run import Run, StageInterrupted, commit_folder, folder_atomic, save_model
+from training.run import Run, StageError, StageInterrupted, commit_folder, folder_atomic, save_model
 from training.store import is_uri
 
 Config = TrainingConfig | TranslationConfig
 WORKERS = "workers"  # the file of a checkpoint that says how many have written it
 UNIVERSAL = "universal"
+TAG = "deepspeed"  # the folder of a checkpoint that has an engine's part
 T = TypeVar("T")
 
 
@@ -187,6 +189,33 @@ def heard(run: Run) -> int:
     return int(most.item())
 
 
+def require_finite(run: Run, step: int, loss: float, config: Config) -> None:
+    """Raises StageError where a loss is no number; what is kept is the checkpoint before."""
+    if not math.isfinite(loss):
+        raise StageError(
+            f"{run.stage}: the loss at step {step} is {loss}: lower {run.stage}.learning_rate={config.learning_rate:g}"
+        )
+
+
+def step_metrics(engine: Any, scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+    """What every stage logs of an optimiser step."""
+    return {
+        "learning_rate": float(scheduler.get_last_lr()[0]),
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+    }
+
+
+def save(engine: Any, run: Run, step: int, beside: Callable[[Path], None] | None = None) -> None:
+    """An engine as the newest checkpoint, with what `beside` writes into its folder; all ranks call it."""
+
+    def write(folder: Path) -> None:
+        engine.save_checkpoint(str(folder), tag=TAG)
+        if beside:
+            beside(folder)
+
+    save_checkpoint(run, step, write)
+
+
 def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> None:
     """All ranks call it; `write` puts every rank's part into one folder, which then appears whole under its name.
 
@@ -230,18 +259,20 @@ def resume(engine: Any, run: Run) -> int:
         run.rewind(0)
         return 0
     step, folder = latest
-    load(engine, folder, "deepspeed", run)
+    load(engine, folder, run)
     restore_random_state(run, folder)
     run.rewind(step)
     return step
 
 
-def load(engine: Any, folder: Path, tag: str, run: Run) -> None:
+def load(engine: Any, folder: Path, run: Run) -> None:
     """An engine's part of a checkpoint, also one that another number of workers has written; all ranks call it."""
     if not engine.load_universal_checkpoint():
-        engine.load_checkpoint(str(folder), tag=tag)
+        found, _ = engine.load_checkpoint(str(folder), tag=TAG)
+        if found is None:  # DeepSpeed only warns, and the stage would go on with fresh weights
+            raise StageError(f"{folder}: holds no checkpoint that can be read; delete the stage's folder to start anew")
         return
-    disks.once_per_disk(run, lambda: make_universal(folder, tag))
+    disks.once_per_disk(run, lambda: make_universal(folder, TAG))
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(folder), tag=UNIVERSAL)
     mend_universal(engine, decays)
