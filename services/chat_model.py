@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from services.config import ChatModelConfig
 from services.errors import invalid
 from serving.engine.api import Chunk, SamplingParams
 from serving.engine.torch_engine import TorchEngine
+from serving.folder import read_json
 from serving.model_folder import describe, load_causal_lm
 
 Request = chat_pb2.ChatRequest | chat_pb2.StreamChatRequest  # of the same fields
@@ -115,7 +115,6 @@ class ChatModel:
 
 def _defaults(folder: Path) -> SamplingParams:
     """The sampling that the folder's generation_config.json recommends."""
-    file = folder / "generation_config.json"
-    known: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    known = read_json(folder / "generation_config.json")
     chosen = {knob: known[knob] for knob in _DEFAULT_KNOBS if known.get(knob) is not None}
     return SamplingParams(max_new_tokens=_DEFAULT_NEW_TOKENS, **chosen)

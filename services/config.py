@@ -14,7 +14,6 @@ mistake is a ServerConfigError that names the key, the value and the fix.
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serving.folder import kind_of, read_json
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -317,8 +318,10 @@ def _is_model(folder: Path) -> bool:
 
 def _checked(folder: Path, service: str) -> Path:
     """`folder`, by what can be told without loading. Raises ServerConfigError where it holds no model for `service`."""
-    card = folder / "chatforge.json"
-    kind = (_read_json(card).get("kind") if card.is_file() else None) or _kind_without_card(folder)
+    try:
+        kind = kind_of(folder)
+    except ValueError as error:
+        raise ServerConfigError(str(error)) from None
     if kind != _KINDS[service]:
         raise ServerConfigError(f"{folder}: holds a {kind} model; {service} needs a {_KINDS[service]} model")
     if service != "image" and not (folder / "tokenizer_config.json").is_file():
@@ -328,24 +331,11 @@ def _checked(folder: Path, service: str) -> Path:
     return folder
 
 
-def _kind_without_card(folder: Path) -> str:
-    if (folder / "model_index.json").is_file():
-        return "text-to-image"
-    return "translation" if _read_json(folder / "config.json").get("is_encoder_decoder") else "causal-lm"
-
-
 def _with_chat_template(folder: Path) -> Path:
     templated = (folder / "chat_template.jinja").is_file()
-    if not templated and "chat_template" not in _read_json(folder / "tokenizer_config.json"):
+    if not templated and "chat_template" not in read_json(folder / "tokenizer_config.json"):
         raise ServerConfigError(f"{folder}: its tokenizer has no chat template; serve an instruction-tuned model")
     return folder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise ServerConfigError(f"{file}: not a JSON object: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -176,6 +176,9 @@ def test_folders_that_hold_no_chat_model_are_refused_before_anything_starts(fold
     model(folder / "reward", kind="reward")
     with pytest.raises(ServerConfigError, match="reward: holds a reward model; chat needs a causal-lm model"):
         load_config(None, chat={"a": {"model": "reward"}})
+    (model(folder / "foreign") / "config.json").write_text('{"architectures": ["XForSequenceClassification"]}', "utf-8")
+    with pytest.raises(ServerConfigError, match="foreign: holds a reward model; chat needs a causal-lm model"):
+        load_config(None, chat={"a": {"model": "foreign"}})
     (model(folder / "plain") / "tokenizer_config.json").write_text("{}", "utf-8")
     with pytest.raises(ServerConfigError, match="plain: its tokenizer has no chat template"):
         load_config(None, chat={"a": {"model": "plain"}})

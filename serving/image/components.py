@@ -14,9 +14,10 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SchedulerMixin, UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from serving.folder import Json, read_json
 from serving.image.api import ImageParams
 from serving.image.pixels import PixelAutoencoder
-from serving.model_folder import Json, describe, read_json, refuse_pickle
+from serving.model_folder import describe, refuse_pickle
 
 # By model_index.json's _class_name: what the denoiser is called there, and the most tokens that a prompt may have
 # where that is the pipeline's rule and not its tokenizer's.
