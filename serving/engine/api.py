@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-FinishReason = Literal["stop", "length"]
+from serving.api import FinishReason
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,6 @@ class EngineStats:
     kv_cache_usage_perc: float  # 0 to 1
     prompt_tokens: int  # since the start
     generation_tokens: int
-
-
-class QueueFull(RuntimeError):
-    """The waiting queue is at its bound; the caller should come back later."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine drains or is closed, and takes no new requests."""
 
 
 class Engine(Protocol):

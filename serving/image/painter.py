@@ -104,7 +104,7 @@ class Painter(Batches[Call, Waiting]):
     def _wait_for_company(self) -> None:
         self._changed.wait_for(lambda: self._closed or len(self._waiting) >= self._max_batch, _COMPANY)
 
-    def _work(self, batch: list[Waiting]) -> None:
+    def _work_off(self, batch: list[Waiting]) -> None:
         """Draws a batch to its end, or until nobody waits for it any more."""
         drawing = Drawing(self.components, [(w.call.request, w.seed) for w in batch])
         while drawing.step < drawing.total:

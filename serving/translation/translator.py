@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from serving.api import FinishReason
 from serving.batches import Batches
-from serving.engine.api import FinishReason
 from serving.model_folder import context_length, describe, load_translation
 from serving.news import News
 from serving.translation import segments
@@ -157,7 +157,7 @@ class Translator(Batches[Call, Waiting]):
         self._prompt_tokens += sum(len(w.source) for w in batch)
         return batch
 
-    def _work(self, batch: list[Waiting]) -> None:
+    def _work_off(self, batch: list[Waiting]) -> None:
         def cancelled(i: int) -> bool:
             return self._closed or batch[i].call.cancelled
 
