@@ -48,7 +48,7 @@ class ChatModel:
             self.tokenizer,
             max_num_seqs=config.max_num_seqs,
             max_waiting=config.max_waiting,
-            max_model_len=self.context_tokens,
+            context_tokens=self.context_tokens,
             threads=threads,
         )
         self.defaults = _defaults(config.folder)

@@ -23,7 +23,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from serving.engine.api import MIN_CONTEXT_TOKENS
 from serving.folder import kind_of, read_json
+from serving.image.api import MAX_NUM_INFERENCE_STEPS
+from serving.translation.api import MAX_NUM_BEAMS
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -48,8 +51,10 @@ class ChatModelConfig(BaseModel):
     model: str  # a model folder, or a run's name
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: as the folder's weights are
     max_num_seqs: Positive = 16  # answers made at the same time
-    max_waiting: NotNegative = 64  # requests that wait for one of them; the next is RESOURCE_EXHAUSTED
-    context_tokens: Positive = 2048  # prompt and answer together; less where the model was made for less
+    max_waiting: Positive = 64  # requests that wait for one of them; the next is RESOURCE_EXHAUSTED
+    context_tokens: Annotated[int, Field(ge=MIN_CONTEXT_TOKENS)] = (
+        2048  # prompt and answer together; less where the model was made for less
+    )
     max_new_tokens: Positive = 1024
     max_messages: Positive = 128
     max_characters: Positive = 64_000  # over all messages of a request
@@ -82,7 +87,7 @@ class TranslationModelConfig(BaseModel):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: as the folder's weights are
     max_texts: Positive = 128
     max_characters: Positive = 64_000  # over all texts of a request
-    max_num_beams: Annotated[int, Field(gt=0, le=32)] = 8
+    max_num_beams: Annotated[int, Field(gt=0, le=MAX_NUM_BEAMS)] = 8
     max_new_tokens: Positive = 512  # of one sentence
     max_batch_tokens: Positive = 4096  # of the sentences that are translated at the same time, times their beams
     max_waiting: Positive = 4096  # sentences of all requests that wait for a batch; the next is RESOURCE_EXHAUSTED
@@ -114,7 +119,7 @@ class ImageModelConfig(BaseModel):
     max_waiting: Positive = 64  # images of all requests that wait for a batch; the next is RESOURCE_EXHAUSTED
     max_images: Annotated[int, Field(gt=0, le=64)] = 8  # of a request; their previews go into one message
     max_pixels: Annotated[int, Field(ge=64, le=1 << 20)] = 1 << 20  # of an image; more may not fit into a message
-    max_num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 150
+    max_num_inference_steps: Annotated[int, Field(gt=0, le=MAX_NUM_INFERENCE_STEPS)] = 150
     max_upload_bytes: Annotated[int, Field(gt=0, le=3 << 20)] = 3 << 20  # image and mask; the same
     max_characters: Annotated[int, Field(gt=0, le=10_000)] = 2000  # of both prompts; EXIF holds no more
 

@@ -181,8 +181,8 @@ def test_a_prompt_that_does_not_fit_is_refused_at_once(
 
 @pytest.mark.parametrize("limit", [1, 257])
 def test_a_limit_beyond_the_model_is_refused(llama: tuple[Any, Any], limit: int) -> None:
-    with pytest.raises(ValueError, match=f"max_model_len={limit}"):
-        TorchEngine(*llama, max_model_len=limit)
+    with pytest.raises(ValueError, match=f"context_tokens={limit}"):
+        TorchEngine(*llama, context_tokens=limit)
 
 
 async def collect(engine: TorchEngine, prompt: list[int], params: SamplingParams) -> list[Chunk]:

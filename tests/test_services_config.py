@@ -151,6 +151,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"image": {"a": {"model": "half"}}},
         "run 'half' has no image model yet: it needs its image stage",
     ),
+    "no place to wait": (
+        {"chat": {"a": {"model": "half", "max_waiting": 0}}},
+        r"chat\.a\.max_waiting=0: .*greater than 0",
+    ),
+    "a context without room for an answer": (
+        {"chat": {"a": {"model": "half", "context_tokens": 1}}},
+        r"chat\.a\.context_tokens=1: .*greater than or equal to 2",
+    ),
     "no model": ({"chat": {"a": {}}}, r"chat\.a\.model: is required"),
     "bad name": ({"chat": {"a b": {"model": "half"}}}, "model name 'a b' must be letters"),
     "no such model": (

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from serving.api import FinishReason
 
+MIN_CONTEXT_TOKENS = 2  # one of the prompt and one of the answer
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -12,7 +12,7 @@ import torch
 
 from serving.api import FinishReason
 from serving.engine import sampler
-from serving.engine.api import Chunk, Completion, EngineStats, SamplingParams, joined
+from serving.engine.api import MIN_CONTEXT_TOKENS, Chunk, Completion, EngineStats, SamplingParams, joined
 from serving.engine.decoder import make_decoder
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.scheduler import Request, Scheduler, Step
@@ -54,21 +54,21 @@ class TorchEngine(Worker[Request, _Output]):
         *,
         max_num_seqs: int = 16,
         max_waiting: int = 256,
-        max_model_len: int | None = None,
+        context_tokens: int | None = None,
         threads: int | None = None,
     ) -> None:
-        """`max_model_len` bounds prompt plus completion, in tokens; by default it is what the model was made for.
+        """`context_tokens` bounds prompt plus completion, in tokens; by default it is what the model was made for.
 
         `threads` are torch's in the engine's own thread, by default what torch has there. Raises ValueError for sizes
         out of range.
         """
         super().__init__(threads)
-        self.max_model_len = _limit(max_model_len, context_length(model.config))
+        self.context_tokens = _limit(context_tokens, context_length(model.config))
         self.eos_ids = eos_ids(model, tokenizer)
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._scheduler = Scheduler(max_num_seqs, max_waiting, CHUNK_TOKENS, STEP_TOKENS)
-        self._decoder = make_decoder(model, max_num_seqs, self.max_model_len)
+        self._decoder = make_decoder(model, max_num_seqs, self.context_tokens)
         self._prompt_tokens = self._generation_tokens = 0
         self._stepping = threading.Lock()  # one step at a time
 
@@ -118,7 +118,7 @@ class TorchEngine(Worker[Request, _Output]):
             return EngineStats(
                 num_requests_running=len(running),
                 num_requests_waiting=len(self._scheduler.waiting),
-                kv_cache_usage_perc=used / (self._scheduler.max_num_seqs * self.max_model_len),
+                kv_cache_usage_perc=used / (self._scheduler.max_num_seqs * self.context_tokens),
                 prompt_tokens=self._prompt_tokens,
                 generation_tokens=self._generation_tokens,
             )
@@ -137,10 +137,10 @@ class TorchEngine(Worker[Request, _Output]):
         wanted = len(prompt_ids) + params.max_new_tokens
         if not prompt_ids:
             raise ValueError("prompt_ids is empty; a prompt has at least one token")
-        if wanted > self.max_model_len:
+        if wanted > self.context_tokens:
             raise ValueError(
                 f"a prompt of {len(prompt_ids)} tokens with max_new_tokens={params.max_new_tokens} needs {wanted} "
-                f"tokens, above the limit of {self.max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"tokens, above the limit of {self.context_tokens}; shorten the prompt or ask for fewer tokens"
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
             raise ValueError(f"prompt_ids has ids outside 0..{self.vocab_size - 1}")
@@ -240,9 +240,10 @@ class TorchEngine(Worker[Request, _Output]):
 def _limit(wanted: int | None, made_for: int | None) -> int:
     limit = made_for if wanted is None else wanted
     if limit is None:
-        raise ValueError("max_model_len is required: the model's config names no context length")
-    if limit < 2 or (made_for is not None and limit > made_for):
-        raise ValueError(f"max_model_len={limit} must be between 2 and the model's context of {made_for} tokens")
+        raise ValueError("context_tokens is required: the model's config names no context length")
+    if limit < MIN_CONTEXT_TOKENS or (made_for is not None and limit > made_for):
+        allowed = f"between {MIN_CONTEXT_TOKENS} and the model's context of {made_for} tokens"
+        raise ValueError(f"context_tokens={limit} must be {allowed}")
     return limit
 
 
