@@ -11,7 +11,8 @@ import torch
 
 from serving.api import FinishReason
 from serving.batches import Batches
-from serving.model_folder import context_length, describe, load_translation
+from serving.folder import read_json
+from serving.model_folder import context_length, load_translation
 from serving.news import News
 from serving.translation import segments
 from serving.translation.api import (
@@ -64,7 +65,7 @@ class Translator(Batches[Call, Waiting]):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         super().__init__(max_waiting, threads)
-        manifest = describe(folder).manifest
+        manifest = read_json(Path(folder) / "chatforge.json")
         model, tokenizer = load_translation(folder, dtype)
         self.source_language = _language("source", source_language, manifest, tokenizer)
         self.target_language = _language("target", target_language, manifest, tokenizer)
