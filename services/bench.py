@@ -95,8 +95,8 @@ def _served(folder: str, threads: int, prompts: Sequence[str]) -> list[Measured]
     from services.app import free_port, running
 
     chat = {NAME: ChatModelConfig(model=folder, dtype="bf16", max_num_seqs=CLIENTS)}
-    with running(ServerConfig(chat=chat, port=free_port(), threads=threads)) as address:
-        return asyncio.run(_clients(address, prompts))
+    with running(ServerConfig(chat=chat, port=free_port(), threads=threads)) as server:
+        return asyncio.run(_clients(server.address, prompts))
 
 
 async def _clients(address: str, prompts: Sequence[str]) -> list[Measured]:

@@ -85,8 +85,8 @@ def _served(folder: str, threads: int, prompts: Sequence[str]) -> list[Measured]
     from services.app import free_port, running
 
     image = {NAME: ImageModelConfig(model=folder)}
-    with running(ServerConfig(image=image, port=free_port(), threads=threads)) as address:
-        return asyncio.run(_callers(address, prompts))
+    with running(ServerConfig(image=image, port=free_port(), threads=threads)) as server:
+        return asyncio.run(_callers(server.address, prompts))
 
 
 async def _callers(address: str, prompts: Sequence[str]) -> list[Measured]:

@@ -95,8 +95,8 @@ def _served(folder: str, threads: int, texts: Sequence[str], backend: Any) -> li
     from services.app import free_port, running
 
     translation = {NAME: TranslationModelConfig(model=folder, backend=backend)}
-    with running(ServerConfig(translation=translation, port=free_port(), threads=threads)) as address:
-        return asyncio.run(_callers(address, texts, backend))
+    with running(ServerConfig(translation=translation, port=free_port(), threads=threads)) as server:
+        return asyncio.run(_callers(server.address, texts, backend))
 
 
 async def _callers(address: str, texts: Sequence[str], backend: str) -> list[Measured]:

@@ -237,19 +237,20 @@ def serve(
     settings = load_config(config, **models, **({} if port is None else {"port": port}))
     from services.app import running
 
-    held = settings.chat | settings.translation | settings.image
-    typer.echo(f"starting {', '.join(held)} ...")
-    with running(settings) as address:
-        for name, served in held.items():
-            typer.echo(f"  {name:<24} {served.folder}")
-        typer.echo(f"ready at {address}, on every network interface of this machine")
+    held = {"chat": settings.chat, "translation": settings.translation, "image": settings.image}
+    typer.echo(f"starting {', '.join(name for models in held.values() for name in models)} ...")
+    with running(settings) as server:
+        for service, device in server.devices.items():
+            for name, served in held[service].items():
+                typer.echo(f"  {name:<24} {served.folder}, on {device}")
+        typer.echo(f"ready at {server.address}, on every network interface of this machine")
         for command, names, text in (
             ("chat", list(settings.chat), "Hello!"),
             ("translate", list(settings.translation), "Guten Tag!"),
             ("draw", list(settings.image), "a red apple"),
         ):
             if names:
-                typer.echo(f'  chatforge {command} --server {address} --model {names[0]} "{text}"')
+                typer.echo(f'  chatforge {command} --server {server.address} --model {names[0]} "{text}"')
         signal.pause()
 
 

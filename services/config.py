@@ -29,7 +29,7 @@ from serving.image.api import MAX_NUM_INFERENCE_STEPS
 from serving.translation.api import MAX_NUM_BEAMS
 
 Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+Gpus = Annotated[float, Field(ge=0, le=1)]
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]  # BCP-47: de, pt-BR, zh-Hant
 Service = Literal["chat", "translation", "image"]
 STAGES = {"chat": ("ppo", "sft"), "translation": ("translation",), "image": ("image",)}  # of a run, newest first
@@ -151,13 +151,17 @@ class Scale(BaseModel):
     max_replicas: Positive | None = None  # above `replicas`: so many where requests would wait, `replicas` at the least
     threads: Positive | None = None  # torch threads per replica; default: its cpus, or its share of the machine's cores
     cpus: Annotated[float, Field(ge=0)] = 0.0  # per replica, of a node that has them; 0: any node, also a full one
-    gpus: NotNegative = 0  # per replica
+    gpus: Gpus | None = None  # per replica; default: on one machine an equal part of its GPUs, on a cluster none
 
     @model_validator(mode="after")
     def _may_grow(self) -> Self:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas}: is below replicas={self.replicas}; raise or drop it")
         return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.replicas
 
 
 class ModelsArgs(Scale):
@@ -199,7 +203,7 @@ class ServerConfig(BaseModel):
     port: Annotated[int, Field(gt=0, lt=65536)] = 9000
     replicas: Positive = 1  # of each service: processes that each hold every model of it
     threads: Positive | None = None  # torch threads per replica; default: the machine's cores over all replicas
-    gpus_per_replica: NotNegative = 0
+    gpus_per_replica: Gpus | None = None  # default: an equal part of the machine's GPUs, one at the most
     scale: dict[Literal[Service, "models"], Scale] = {}  # in place of those three, by service
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # of a whole answer, streams included
     object_store_mb: Annotated[int, Field(ge=80)] = 200
@@ -209,6 +213,12 @@ class ServerConfig(BaseModel):
     def services(self) -> dict[Service, list[str]]:
         """The names of each service's models, of the services that have any."""
         return {service: sorted(models) for service, models in self._models().items() if models}
+
+    @property
+    def scales(self) -> dict[Service, Scale]:
+        """Of every service that has models."""
+        alike = Scale(replicas=self.replicas, threads=self.threads, gpus=self.gpus_per_replica)
+        return {service: self.scale.get(service, alike) for service in self.services}
 
     def arguments(self) -> dict[str, ModelsArgs | ServiceArgs]:
         """What the builders in services.app take, by application: a service without models has none.
@@ -233,15 +243,12 @@ class ServerConfig(BaseModel):
 
     def _scale(self, service: Service) -> Scale:
         """With threads, where neither they nor cpus are said: a share of this machine's cores."""
-        scales = {name: self.scale.get(name, self._alike()) for name in self.services}
-        if scales[service].threads or scales[service].cpus:
-            return scales[service]
-        replicas = sum(s.max_replicas or s.replicas for s in scales.values())
+        scale = self.scales[service]
+        if scale.threads or scale.cpus:
+            return scale
+        replicas = sum(s.most_replicas for s in self.scales.values())
         threads = max(1, len(os.sched_getaffinity(0)) // replicas)
-        return scales[service].model_copy(update={"threads": threads})
-
-    def _alike(self) -> Scale:
-        return Scale(replicas=self.replicas, threads=self.threads, gpus=self.gpus_per_replica)
+        return scale.model_copy(update={"threads": threads})
 
     def _models(self) -> dict[Service, Mapping[str, ModelConfig]]:
         return {"chat": self.chat, "translation": self.translation, "image": self.image}

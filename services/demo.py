@@ -87,7 +87,7 @@ def _serve_and_ask(held: dict[str, dict[str, str]], about: str, drawings: Path) 
         port=free_port(),
     )
     typer.echo("starting the service ...")
-    with running(config) as address, Client(address) as client:
+    with running(config) as server, Client(server.address) as client:
         typer.echo(f"{about}\n")
         for model in held["chat"]:
             for question in QUESTIONS:

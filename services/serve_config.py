@@ -18,13 +18,14 @@
 
 The names of the applications are fixed: models, chat, translation and image. Their `args` are services.config's
 ModelsArgs, ChatArgs, TranslationArgs and ImageArgs, which hold all that a deployment may be told: `replicas`,
-`max_replicas`, `threads`, `cpus` and `gpus` per replica. With `max_replicas` Serve keeps as many replicas as answer the
-requests of the last half minute without a queue. A replica with `cpus: 0` may be put on any node, a head with
-`num-cpus: 0` included; one with more goes where they are free.
+`max_replicas`, and `threads`, `cpus` and `gpus` per replica. With `max_replicas` Serve keeps as many replicas as answer
+the requests of the last half minute without a queue. A replica with `cpus: 0` may be put on any node, a head with
+`num-cpus: 0` included; one with more goes where they are free. A replica uses one GPU at most: `gpus: 1` has one to
+itself, two with `gpus: 0.5` may share one.
 
 On a cluster the replica looks at its model's folder when it starts, and every node has services.app.ENVIRONMENT in its
 environment. `chatforge serve FILE` looks at the folders first, and starts all of it on one machine: `cpus` mean nothing
-there, nor do proxy_location, http_options and logging_config.
+there, nor do proxy_location, http_options and logging_config, and services that name no `gpus` share the machine's.
 """
 
 from collections.abc import Iterable
