@@ -23,12 +23,12 @@ from services.config import (
     ModelsArgs,
     Scale,
     ServerConfig,
-    ServerConfigError,
     Service,
     TranslationArgs,
 )
 from services.gpus import on_gpus
 from services.serve_config import servicer_functions
+from services.strict import ServerConfigError
 from services.transport import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.client import AsyncClient
-from services.config import ChatModelConfig, ServerConfig, find_model
+from services.config import ChatModelConfig, ServerConfig
+from services.folders import find_model
 
 CLIENTS = 16
 NEW_TOKENS = 64
@@ -95,7 +96,7 @@ def _served(folder: str, threads: int, prompts: Sequence[str]) -> list[Measured]
     from services.app import free_port, running
 
     chat = {NAME: ChatModelConfig(model=folder, dtype="bf16", max_num_seqs=CLIENTS)}
-    with running(ServerConfig(chat=chat, port=free_port(), threads=threads)) as server:
+    with running(ServerConfig(chat=chat, port=free_port(), threads=threads, gpus_per_replica=0)) as server:
         return asyncio.run(_clients(server.address, prompts))
 
 

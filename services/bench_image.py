@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.client import AsyncClient
-from services.config import ImageModelConfig, ServerConfig, find_model
+from services.config import ImageModelConfig, ServerConfig
+from services.folders import find_model
 
 IMAGES = 32
 ONE_BY_ONE = 8  # of them: enough for a steady rate of the slow ones
@@ -85,7 +86,7 @@ def _served(folder: str, threads: int, prompts: Sequence[str]) -> list[Measured]
     from services.app import free_port, running
 
     image = {NAME: ImageModelConfig(model=folder)}
-    with running(ServerConfig(image=image, port=free_port(), threads=threads)) as server:
+    with running(ServerConfig(image=image, port=free_port(), threads=threads, gpus_per_replica=0)) as server:
         return asyncio.run(_callers(server.address, prompts))
 
 

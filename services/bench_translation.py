@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from services.client import AsyncClient
-from services.config import ServerConfig, TranslationModelConfig, find_model
+from services.config import ServerConfig, TranslationModelConfig
+from services.folders import find_model
 
 SENTENCES = 256
 ONE_BY_ONE = 48  # of them: enough for a steady rate of the slow one
@@ -95,7 +96,7 @@ def _served(folder: str, threads: int, texts: Sequence[str], backend: Any) -> li
     from services.app import free_port, running
 
     translation = {NAME: TranslationModelConfig(model=folder, backend=backend)}
-    with running(ServerConfig(translation=translation, port=free_port(), threads=threads)) as server:
+    with running(ServerConfig(translation=translation, port=free_port(), threads=threads, gpus_per_replica=0)) as server:
         return asyncio.run(_callers(server.address, texts, backend))
 
 

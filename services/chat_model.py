@@ -12,7 +12,7 @@ from services import convert
 from services.config import ChatModelConfig
 from services.errors import invalid
 from services.servicer import DTYPES, ServedModel
-from serving.engine.api import SamplingParams
+from serving.engine.api import Engine, SamplingParams
 from serving.engine.torch_engine import TorchEngine
 from serving.folder import read_json
 from serving.model_folder import load_causal_lm
@@ -37,11 +37,11 @@ class ChatModel(ServedModel):
 
     def __init__(self, name: str, config: ChatModelConfig, device: str = "cpu", threads: int | None = None) -> None:
         """Loads the folder's weights; `threads` are the engine's. Raises ValueError where it cannot be served."""
-        super().__init__(name, folder := config.folder)
+        super().__init__(name, folder := config.folder, config.allow_unsafe)
         self.config = config
-        model, self.tokenizer = load_causal_lm(folder, DTYPES[config.dtype])
+        model, self.tokenizer = load_causal_lm(folder, DTYPES[config.dtype], allow_unsafe=config.allow_unsafe)
         self.context_tokens = min(config.context_tokens, self.info.context_length or config.context_tokens)
-        self.engine = TorchEngine(
+        self.engine: Engine = TorchEngine(
             model.to(device),
             self.tokenizer,
             max_num_seqs=config.max_num_seqs,
@@ -53,7 +53,7 @@ class ChatModel(ServedModel):
         self._control_tokens = control_tokens(self.tokenizer)
 
     @property
-    def worker(self) -> TorchEngine:
+    def worker(self) -> Engine:
         return self.engine
 
     @property

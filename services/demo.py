@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from services.client import Client
-from services.config import ChatModelConfig, ImageModelConfig, ServerConfig, TranslationModelConfig, find_model
+from services.config import ChatModelConfig, ImageModelConfig, ServerConfig, TranslationModelConfig
 from services.easel import Easel, in_english
+from services.folders import find_model
 
 if TYPE_CHECKING:
     from training.recipe import Recipe

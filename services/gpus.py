@@ -1,6 +1,7 @@
 """Which part of a machine's GPUs each replica of a server gets. A replica uses one GPU at most, and may share it."""
 
-from services.config import Scale, ServerConfig, ServerConfigError
+from services.config import Scale, ServerConfig
+from services.strict import ServerConfigError
 
 _PARTS = 10_000  # of a GPU, in which Ray counts: three times a third must not be more than one
 
@@ -11,13 +12,13 @@ def on_gpus(config: ServerConfig, present: int) -> ServerConfig:
     Raises ServerConfigError where those that are named are not there: Ray would wait for them without a word.
     """
     free = [_PARTS] * present
-    scales = {**config.scale, **config.scales}
-    for name, scale in sorted(scales.items(), key=lambda item: item[1].gpus or 0, reverse=True):
+    served = [("models", config.scale.get("models", Scale())), *config.scales.items()]
+    for name, scale in sorted(served, key=lambda each: each[1].gpus or 0, reverse=True):
         _take(name, scale, free)
     sharing = {service: scale for service, scale in config.scales.items() if scale.gpus is None}
     part = _part(free.count(_PARTS), sum(scale.most_replicas for scale in sharing.values()))
     shared = {service: scale.model_copy(update={"gpus": part}) for service, scale in sharing.items()}
-    return config.model_copy(update={"scale": {**scales, **shared}})
+    return config.model_copy(update={"scale": {**config.scale, **shared}})
 
 
 def _take(name: str, scale: Scale, free: list[int]) -> None:

@@ -41,7 +41,7 @@ class ImageModel(ServedModel):
 
     def __init__(self, name: str, config: ImageModelConfig, device: str = "cpu", threads: int | None = None) -> None:
         """Loads the folder's weights; `threads` are the painter's. Raises ValueError where it cannot be served."""
-        super().__init__(name, folder := config.folder)
+        super().__init__(name, folder := config.folder, config.allow_unsafe)
         self.config = config
         self.painter = Painter(
             folder,
@@ -50,6 +50,7 @@ class ImageModel(ServedModel):
             threads=threads,
             max_batch=config.max_batch,
             max_waiting=config.max_waiting,
+            allow_unsafe=config.allow_unsafe,
         )
         known = self.painter.defaults
         if known.width * known.height > config.max_pixels:

@@ -31,42 +31,37 @@ there, nor do proxy_location, http_options and logging_config, and services that
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from services.config import SERVICE_ARGS, ModelsArgs, Scale, ServerConfigError, Service, nearest, validated
+from services.config import SERVICE_ARGS, ModelsArgs, Scale, Service
+from services.strict import ServerConfigError, Strict, nearest, validated
 
 _ARGS: dict[str, type[Scale]] = {"models": ModelsArgs, **SERVICE_ARGS}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Http(_Strict):
+class _Http(Strict):
     host: str = "0.0.0.0"
     port: int = 8000
 
 
-class _Grpc(_Strict):
+class _Grpc(Strict):
     port: int = 9000
     request_timeout_s: float  # Serve would let a request without one hold its place for ever
     grpc_servicer_functions: list[str]
 
 
-class _Logging(_Strict):
+class _Logging(Strict):
     encoding: Literal["TEXT", "JSON"] = "TEXT"
     log_level: str = "INFO"
     enable_access_log: bool = True
 
 
-class _Application(_Strict):
+class _Application(Strict):
     name: Literal[Service, "models"]
     import_path: str
     route_prefix: str
     args: dict[str, Any]
 
 
-class _Document(_Strict):
+class _Document(Strict):
     """Serve's own schema would pass over a key that it does not know."""
 
     applications: list[_Application]

@@ -27,8 +27,8 @@ class Works(Protocol):
 class ServedModel(ABC):
     """One model inside a replica."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.info = name, describe(folder)
+    def __init__(self, name: str, folder: Path, allow_unsafe: bool) -> None:
+        self.name, self.info = name, describe(folder, allow_unsafe=allow_unsafe)
 
     @property
     @abstractmethod

@@ -20,7 +20,7 @@ class TranslationModel(ServedModel):
         self, name: str, config: TranslationModelConfig, device: str = "cpu", threads: int | None = None
     ) -> None:
         """Loads the folder's weights; `threads` are the translator's. Raises ValueError where it cannot be served."""
-        super().__init__(name, folder := config.folder)
+        super().__init__(name, folder := config.folder, config.allow_unsafe)
         self.config = config
         self.translator = Translator(
             folder,
@@ -32,6 +32,7 @@ class TranslationModel(ServedModel):
             threads=threads,
             max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
+            allow_unsafe=config.allow_unsafe,
         )
         known = self.translator.defaults
         self._defaults = dataclasses.replace(  # cut where nothing is asked for; what is asked for is refused instead

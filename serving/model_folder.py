@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from serving.folder import Json, kind_by_config, kind_of, read_json
 
 _SAMPLE_BYTES = 1 << 20  # of each end of a weights file, for the revision
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OPT_IN = "a server loads it where its config says allow_unsafe: true for this model"
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,16 @@ class ModelInfo:
     manifest: Json = field(default_factory=dict)  # chatforge.json; empty for a folder made elsewhere
 
 
-def describe(path: str | Path) -> ModelInfo:
-    """Kind, revision and limits of a model folder or hub name. Raises ValueError where it is none."""
+def describe(path: str | Path, *, allow_unsafe: bool = False) -> ModelInfo:
+    """Kind, revision and limits of a model folder or hub name.
+
+    Raises ValueError where it is none, and where its config is code that comes with it, unless `allow_unsafe`.
+    """
     folder = Path(path)
     manifest = read_json(folder / "chatforge.json")
     if (folder / "model_index.json").is_file():
         return ModelInfo(kind_of(folder), _revision(folder), None, manifest)
-    config = _config(path, allow_unsafe=False)
+    config = _config(path, allow_unsafe)
     revision = _revision(folder) if folder.is_dir() else str(config._commit_hash)
     return ModelInfo(_kind(path, config), revision, context_length(config), manifest)
 
@@ -98,8 +103,8 @@ def _config(path: str | Path, allow_unsafe: bool) -> Any:
     needs_code = [f for f in ("config.json", "tokenizer_config.json") if "auto_map" in read_json(folder / f)]
     if needs_code and not allow_unsafe:
         raise ValueError(
-            f"{path}: {needs_code[0]} asks for remote code (auto_map), which would run with your rights; "
-            "if you trust its author, pass allow_unsafe=True"
+            f"{path}: {needs_code[0]} asks for remote code (auto_map), which would run with your rights; if you trust "
+            f"its author, {_OPT_IN}"
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=allow_unsafe)
@@ -111,11 +116,11 @@ def refuse_pickle(folder: Path, weights: str = "model.safetensors") -> None:
     """Raises ValueError where a folder has no safetensors, `weights` being what they are usually called."""
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    pickled = sorted(f.name for pattern in _PICKLED for f in folder.glob(pattern))
     if pickled:
         raise ValueError(
             f"{folder}: has only pickled weights ({pickled[0]}), which can run any code when loaded; convert them to "
-            "safetensors or, if you trust their author, pass allow_unsafe=True"
+            f"safetensors; if you trust their author, {_OPT_IN}"
         )
     raise ValueError(f"{folder}: has no {weights}")
 
@@ -129,7 +134,7 @@ def _kind(path: str | Path, config: Any) -> str:
 def _revision(folder: Path) -> str:
     """12 hex digits over the folder's JSON files and both ends of its weights: quick for any size."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
+    for file in sorted(f for pattern in ("*.json", "*.safetensors", *_PICKLED) for f in folder.rglob(pattern)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as f:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TinyWorld
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from chatforge.v1.chat_pb2 import ChatRequest, Message
@@ -49,3 +51,15 @@ def test_a_folder_that_cannot_be_served_is_named_with_its_model(tiny_world: Tiny
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"^model 'mine' in {folder}: has no model\.safetensors$"):
         ChatService({"mine": ChatModelConfig(model=str(folder))})
+
+
+def test_what_its_owner_trusts_is_served(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_world.llama, tmp_path / "pickled"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="a server loads it where its config says allow_unsafe: true"):
+        ChatModel("tiny", ChatModelConfig(model=str(folder)))
+    model = ChatModel("tiny", ChatModelConfig(model=str(folder), allow_unsafe=True))
+    assert model.proto().name == "tiny"
+    model.engine.close()

@@ -11,9 +11,10 @@ from services_world import run_command
 from test_services_config import model, pipeline
 
 from services import app
-from services.config import ChatArgs, ServerConfig, ServerConfigError, load_config
+from services.config import ChatArgs, ServerConfig, load_config
 from services.gpus import on_gpus
 from services.serve_config import short_form
+from services.strict import ServerConfigError
 
 DOCUMENT = """
 proxy_location: EveryNode
@@ -215,6 +216,7 @@ ALL = {"chat": {"a": {"model": "mine"}}, "translation": {"b": {"model": "words"}
         (1, {"scale": {"chat": {"gpus": 0.5}}}, (0.5, 0, 0)),
         (1, {"scale": {"chat": {"gpus": 0}}}, (0, 0.5, 0.5)),
         (1, {"gpus_per_replica": 0}, (0, 0, 0)),
+        (1, {"image": {}, "scale": {"image": {"gpus": 1}}}, (0.5, 0.5)),  # an image service that is not there
         (1, {"gpus_per_replica": 0.25}, (0.25, 0.25, 0.25)),
     ],
 )
@@ -222,7 +224,7 @@ def test_on_one_machine_replicas_share_its_gpus(
     folder: Path, present: int, settings: dict[str, Any], parts: tuple[float, ...]
 ) -> None:
     config = on_gpus(ServerConfig.model_validate({**ALL, **settings}), present)
-    made = [app.applications(config)[service]._bound_deployment for service in ALL]
+    made = [app.applications(config)[service]._bound_deployment for service in config.services]
     assert tuple(deployment.ray_actor_options["num_gpus"] for deployment in made) == parts
     assert [deployment.init_args[1] for deployment in made] == ["cuda" if part else "cpu" for part in parts]
 

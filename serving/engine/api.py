@@ -96,6 +96,9 @@ class EngineStats:
 class Engine(Protocol):
     """Answers prompts, many at a time."""
 
+    context_tokens: int  # of prompt and answer together, at the most
+    device_is_lost: bool  # every later step would fail: nothing but another process helps
+
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
         """Streams one completion; closing the iterator frees its slot by the next step.
 
@@ -106,5 +109,9 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     async def drain(self) -> None:
-        """Takes no new requests and returns when the running ones have ended."""
+        """Takes no new requests and returns when those that are open have ended."""
+        ...
+
+    def close(self) -> None:
+        """Ends every request with EngineClosed."""
         ...
