@@ -14,10 +14,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from services.config import ChatArgs, ImageArgs, ModelsArgs, Scale, ServerConfig, ServerConfigError, TranslationArgs
+from services.config import (
+    ChatArgs,
+    ImageArgs,
+    ModelsArgs,
+    Scale,
+    ServerConfig,
+    Service,
+    TranslationArgs,
+)
+from services.gpus import on_gpus
 from services.serve_config import servicer_functions
+from services.strict import ServerConfigError
 from services.transport import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -38,6 +49,14 @@ _SPARE_REQUESTS = 16
 _LISTINGS = 100  # calls of ModelService at once
 # A replica that has to go still ends what it answers: as long as request_timeout_s, by default, lets an answer take.
 _DRAIN_S = 600
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that answers."""
+
+    address: str
+    devices: dict[Service, str]  # cuda or cpu: where the models of each service are
 
 
 def models(args: ModelsArgs) -> "Application":
@@ -80,7 +99,11 @@ def applications(config: ServerConfig) -> dict[str, "Application"]:
 
 def _holding_models(service: type, args: ChatArgs | TranslationArgs | ImageArgs) -> "Application":
     bound, at_once = sum(m.bound for m in args.models.values()), sum(m.at_once for m in args.models.values())
-    return _deployment(service, args, bound, at_once).bind(args.models, "cuda" if args.gpus else "cpu")
+    return _deployment(service, args, bound, at_once).bind(args.models, _device(args))
+
+
+def _device(scale: Scale) -> str:
+    return "cuda" if scale.gpus else "cpu"
 
 
 def _deployment(service: type, args: Scale, bound: int, at_once: int) -> Any:
@@ -112,17 +135,18 @@ def _resources(args: Scale) -> dict[str, Any]:
     threads = args.threads or max(1, int(args.cpus))
     return {
         "num_cpus": args.cpus,
-        "num_gpus": args.gpus,
+        "num_gpus": args.gpus or 0,
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     }
 
 
 @contextmanager
-def running(config: ServerConfig) -> Iterator[str]:
-    """A server that answers inside the block, at the address it yields; after it no process or file is left.
+def running(config: ServerConfig) -> Iterator[Server]:
+    """A server that answers inside the block; after it no process or file is left.
 
-    It joins the cluster that RAY_ADDRESS names, or starts one of its own on this machine, where `cpus` mean nothing.
-    Raises ServerConfigError where the port is taken, a GPU is missing or a model cannot be loaded.
+    It joins the cluster that RAY_ADDRESS names, or starts one of its own on this machine, where `cpus` mean nothing and
+    replicas that name no `gpus` share what there are. Raises ServerConfigError where the port is taken, a GPU is
+    missing or a model cannot be loaded.
     """
     _check_port(config.port)
     if not os.environ.get("RAY_ADDRESS"):
@@ -135,11 +159,11 @@ def running(config: ServerConfig) -> Iterator[str]:
     scratch = tempfile.mkdtemp(prefix="chatforge-")  # Ray's sockets live there: their paths must stay short
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        _start_ray(config, scratch)
+        config = _start_ray(config, scratch)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put one there that aborts
         _deploy(config)
-        yield f"{HOST}:{config.port}"
+        yield Server(f"{HOST}:{config.port}", {service: _device(scale) for service, scale in config.scales.items()})
     finally:
         if os.environ.get("RAY_ADDRESS") and ray.is_initialized():
             serve.shutdown()
@@ -147,7 +171,8 @@ def running(config: ServerConfig) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _start_ray(config: ServerConfig, scratch: str) -> None:
+def _start_ray(config: ServerConfig, scratch: str) -> ServerConfig:
+    """Joins or starts it; the config with the GPUs that a machine of our own has."""
     import ray
     from ray import serve
 
@@ -159,7 +184,7 @@ def _start_ray(config: ServerConfig, scratch: str) -> None:
                 f"RAY_ADDRESS: that cluster serves {running} already, which would be replaced, and deleted in the end; "
                 "change it there by `serve deploy`, end it by `serve shutdown`, or unset RAY_ADDRESS"
             )
-        return
+        return config
     ray.init(
         address="local",
         include_dashboard=False,
@@ -170,15 +195,7 @@ def _start_ray(config: ServerConfig, scratch: str) -> None:
         _temp_dir=scratch,
         _metrics_export_port=config.metrics_port,
     )
-    _check_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
-
-
-def _check_gpus(config: ServerConfig, present: int) -> None:
-    """Ray would wait for those that are missing without a word."""
-    for name, args in config.arguments().items():
-        if (needed := args.replicas * args.gpus) > present:
-            raise ServerConfigError(f"{name}: replicas x gpus = {needed}; this machine has {present} GPUs left for it")
-        present -= needed
+    return on_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
 
 
 def _deploy(config: ServerConfig) -> None:

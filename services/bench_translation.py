@@ -2,40 +2,26 @@
 
 Everything in one run on one machine with the same number of torch threads and the folder's own decoding: first
 transformers alone, one sentence after another and then all in one batch, then (transformers gone) the server with 1, 16
-and 64 callers who each send one sentence at a time, over gRPC; where CTranslate2 is installed, the same once more with
+and 64 clients who each send one sentence at a time, over gRPC; where CTranslate2 is installed, the same once more with
 its int8 behind the same service.
 """
 
-import asyncio
 import gc
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from services.bench_clients import NAME, Measured, ask_all, over_grpc, served, table
 from services.client import AsyncClient
-from services.config import ServerConfig, TranslationModelConfig, find_model
+from services.config import TranslationModelConfig
+from services.folders import find_model
 
 SENTENCES = 256
 ONE_BY_ONE = 48  # of them: enough for a steady rate of the slow one
-CALLERS = (1, 16, 64)
-NAME = "model"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One way to translate the sentences."""
-
-    name: str
-    sentences: int
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        return self.sentences / self.seconds
+CLIENTS = (1, 16, 64)
 
 
 def bench_translation(model: str, pairs: str, show: Callable[[Any], None]) -> list[Measured]:
@@ -48,7 +34,7 @@ def bench_translation(model: str, pairs: str, show: Callable[[Any], None]) -> li
     rows += _served(folder, threads, texts, "torch")
     if find_spec("ctranslate2"):
         rows += _served(folder, threads, texts, "ct2")
-    show(_table(folder, threads, rows))
+    show(table(f"{folder}, {threads} threads", "sentences", rows))
     return rows
 
 
@@ -92,40 +78,19 @@ def _timed(name: str, batches: Sequence[Sequence[str]], translate: Callable[[Seq
 
 
 def _served(folder: str, threads: int, texts: Sequence[str], backend: Any) -> list[Measured]:
-    from services.app import free_port, running
-
     translation = {NAME: TranslationModelConfig(model=folder, backend=backend)}
-    with running(ServerConfig(translation=translation, port=free_port(), threads=threads)) as address:
-        return asyncio.run(_callers(address, texts, backend))
+    return served(threads, lambda address: _clients(address, texts, f" ({backend})"), translation=translation)
 
 
-async def _callers(address: str, texts: Sequence[str], backend: str) -> list[Measured]:
-    await _ask_all(address, texts[:64], 16, "")  # warm-up
+async def _clients(address: str, texts: Sequence[str], backend: str) -> list[Measured]:
+    await ask_all(Measured("warm-up"), address, texts[:64], 16, _ask)
     rows = []
-    for callers in CALLERS:
-        asked = texts if callers > 1 else texts[:ONE_BY_ONE]
-        name = f"chatforge over gRPC ({backend}), {callers} caller{'s' * (callers > 1)}"
-        rows.append(await _ask_all(address, asked, callers, name))
+    for clients in CLIENTS:
+        asked = texts if clients > 1 else texts[:ONE_BY_ONE]
+        rows.append(await ask_all(Measured(over_grpc(clients, backend)), address, asked, clients, _ask))
     return rows
 
 
-async def _ask_all(address: str, texts: Sequence[str], callers: int, name: str) -> Measured:
-    queue = list(texts)
-    started = time.perf_counter()
-    await asyncio.gather(*(_ask_until_empty(address, queue) for _ in range(callers)))
-    return Measured(name, len(texts), time.perf_counter() - started)
-
-
-async def _ask_until_empty(address: str, queue: list[str]) -> None:
-    async with AsyncClient(address) as client:
-        while queue:
-            await client.translate(queue.pop())
-
-
-def _table(folder: str, threads: int, rows: Sequence[Measured]) -> Any:
-    from rich.table import Table
-
-    table = Table("", "sentences/s", "×", title=f"{folder}, {threads} threads", box=None)
-    for row in rows:
-        table.add_row(row.name, f"{row.rate:.1f}", f"{row.rate / rows[0].rate:.2f}")
-    return table
+async def _ask(client: AsyncClient, text: str) -> int:
+    await client.translate(text)
+    return 1

@@ -9,26 +9,23 @@ from contextlib import aclosing
 from typing import Any
 
 from chatforge.v1.chat_pb2 import ChatRequest, ChatResponse, StreamChatRequest, StreamChatResponse
-from chatforge.v1.models_pb2 import Model
 from services import convert
 from services.chat_model import ChatModel
 from services.choice import choose_name
 from services.config import ChatModelConfig
 from services.errors import answers
 from services.metrics import ChatMetrics, RequestTimes
+from services.servicer import Servicer
 from services.stream import coalesced
-from services.threads import give_away_the_pool
 from serving.engine.api import Chunk
 
 
-class ChatService:
+class ChatService(Servicer[ChatModel, ChatMetrics]):
     """Answers conversations; its methods are the RPCs of chatforge.v1.ChatService."""
 
     def __init__(self, models: dict[str, ChatModelConfig], device: str = "cpu") -> None:
         """Loads every model. Raises ValueError where a folder cannot be served."""
-        threads = give_away_the_pool()
-        self._models = {name: ChatModel(name, config, device, threads) for name, config in models.items()}
-        self._metrics = {name: ChatMetrics(name) for name in models}
+        super().__init__(models, device, ChatModel, ChatMetrics)
         self._open_streams = 0
 
     @answers(ChatResponse)
@@ -37,7 +34,7 @@ class ChatService:
         prompt_ids, params = await model.prepare(request)
         times = RequestTimes(self._metrics[model.name], len(prompt_ids))
         chunks: list[Chunk] = []
-        async with aclosing(model.generate(prompt_ids, params, request_id)) as answer:  # type: ignore[type-var]
+        async with aclosing(model.engine.generate(prompt_ids, params, request_id)) as answer:  # type: ignore[type-var]
             async for chunk in answer:
                 times.saw(chunk)
                 chunks.append(chunk)
@@ -53,7 +50,7 @@ class ChatService:
         completion_tokens = 0
         self._open_streams += 1
         try:
-            chunks = coalesced(model.generate(prompt_ids, params, request_id), lambda: self._open_streams)
+            chunks = coalesced(model.engine.generate(prompt_ids, params, request_id), lambda: self._open_streams)
             async with aclosing(chunks) as answer:  # type: ignore[type-var]
                 async for chunk in answer:
                     times.saw(chunk)
@@ -63,17 +60,6 @@ class ChatService:
                         yield convert.stream_chat_response(request_id, model.name, chunk, usage)
         finally:
             self._open_streams -= 1
-
-    def describe(self) -> list[Model]:
-        """Every model's card, for ModelService."""
-        return [model.proto() for model in self._models.values()]
-
-    def check_health(self) -> None:
-        """Serve calls this every few seconds; what it sees goes out as gauges. Raises where a device is lost."""
-        for name, model in self._models.items():
-            self._metrics[name].show(model.engine.stats())
-            if model.engine.device_is_lost:
-                raise RuntimeError(f"{name}: its device is lost; only another process can use it again")
 
 
 def _worth_sending(chunk: Chunk) -> bool:

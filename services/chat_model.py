@@ -2,25 +2,23 @@
 
 import asyncio
 import dataclasses
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 
-from chatforge.v1 import chat_pb2, models_pb2
+from chatforge.v1 import chat_pb2
 from services import convert
 from services.config import ChatModelConfig
 from services.errors import invalid
-from serving.engine.api import Chunk, SamplingParams
+from services.servicer import DTYPES, ServedModel
+from serving.engine.api import Engine, SamplingParams
 from serving.engine.torch_engine import TorchEngine
-from serving.model_folder import describe, load_causal_lm
+from serving.folder import read_json
+from serving.model_folder import load_causal_lm
 
 Request = chat_pb2.ChatRequest | chat_pb2.StreamChatRequest  # of the same fields
 
-_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _DEFAULT_NEW_TOKENS = 256
 _DEFAULT_KNOBS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -34,34 +32,38 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *special]) if token.strip()]
 
 
-class ChatModel:
+class ChatModel(ServedModel):
     """An engine with its tokenizer and its limits."""
 
     def __init__(self, name: str, config: ChatModelConfig, device: str = "cpu", threads: int | None = None) -> None:
         """Loads the folder's weights; `threads` are the engine's. Raises ValueError where it cannot be served."""
-        self.name, self.config = name, config
-        self.info = describe(config.folder)
-        model, self.tokenizer = load_causal_lm(config.folder, _DTYPES[config.dtype])
+        super().__init__(name, folder := config.folder, config.allow_unsafe)
+        self.config = config
+        model, self.tokenizer = load_causal_lm(folder, DTYPES[config.dtype], allow_unsafe=config.allow_unsafe)
         self.context_tokens = min(config.context_tokens, self.info.context_length or config.context_tokens)
-        self.engine = TorchEngine(
+        self.engine: Engine = TorchEngine(
             model.to(device),
             self.tokenizer,
             max_num_seqs=config.max_num_seqs,
             max_waiting=config.max_waiting,
-            max_model_len=self.context_tokens,
+            context_tokens=self.context_tokens,
             threads=threads,
         )
-        self.defaults = _defaults(config.folder)
+        self.defaults = _defaults(folder)
         self._control_tokens = control_tokens(self.tokenizer)
 
-    def proto(self) -> models_pb2.Model:
-        limits = {
+    @property
+    def worker(self) -> Engine:
+        return self.engine
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {
             "context_tokens": self.context_tokens,
             "max_new_tokens": min(self.config.max_new_tokens, self.context_tokens - 1),
             "max_messages": self.config.max_messages,
             "max_characters": self.config.max_characters,
         }
-        return convert.model_proto(self.name, self.info, limits)
 
     async def prepare(self, request: Request) -> tuple[list[int], SamplingParams]:
         """The prompt's tokens and how to answer it.
@@ -73,9 +75,6 @@ class ChatModel:
         params = convert.sampling_params(request.config, self.defaults)
         prompt_ids = await asyncio.to_thread(self._render, messages)
         return prompt_ids, self._fit(params, len(prompt_ids), request.config.HasField("max_new_tokens"))
-
-    def generate(self, prompt_ids: list[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
-        return self.engine.generate(prompt_ids, params, request_id)
 
     def _check_size(self, request: Request) -> None:
         limits = self.config
@@ -115,7 +114,9 @@ class ChatModel:
 
 def _defaults(folder: Path) -> SamplingParams:
     """The sampling that the folder's generation_config.json recommends."""
-    file = folder / "generation_config.json"
-    known: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    known = read_json(file := folder / "generation_config.json")
     chosen = {knob: known[knob] for knob in _DEFAULT_KNOBS if known.get(knob) is not None}
-    return SamplingParams(max_new_tokens=_DEFAULT_NEW_TOKENS, **chosen)
+    try:
+        return SamplingParams(max_new_tokens=_DEFAULT_NEW_TOKENS, **chosen)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

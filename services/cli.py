@@ -227,7 +227,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Default: 9000.")] = None,
 ) -> None:
     """Answer over gRPC until Ctrl-C."""
-    from services.config import load_config, parse_model_option
+    from services.config import load_config
+    from services.folders import parse_model_option
 
     models: dict[str, dict[str, Any]] = {"chat": {}, "translation": {}, "image": {}}
     for service, options in (("chat", chat), ("translation", translation), ("image", image)):
@@ -238,19 +239,19 @@ def serve(
     settings = load_config(config, **models, **({} if port is None else {"port": port}))
     from services.app import running
 
-    held = settings.chat | settings.translation | settings.image
-    typer.echo(f"starting {', '.join(held)} ...")
-    with running(settings) as address:
-        for name, served in held.items():
-            typer.echo(f"  {name:<24} {served.folder}")
-        typer.echo(f"ready at {address}, on every network interface of this machine")
+    typer.echo(f"starting {', '.join(name for names in settings.services.values() for name in names)} ...")
+    with running(settings) as server:
+        for service, device in server.devices.items():
+            for name, served in settings.models[service].items():
+                typer.echo(f"  {name:<24} {served.folder}, on {device}")
+        typer.echo(f"ready at {server.address}, on every network interface of this machine")
         for command, names, text in (
             ("chat", list(settings.chat), "Hello!"),
             ("translate", list(settings.translation), "Guten Tag!"),
             ("draw", list(settings.image), "a red apple"),
         ):
             if names:
-                typer.echo(f'  chatforge {command} --server {address} --model {names[0]} "{text}"')
+                typer.echo(f'  chatforge {command} --server {server.address} --model {names[0]} "{text}"')
         signal.pause()
 
 

@@ -14,7 +14,7 @@ def serve(
     model: Annotated[str, typer.Argument(help="A model folder or a run.")] = "models/SmolLM2-135M-Instruct",
 ) -> None:
     """1 and 16 gRPC clients in bf16, beside transformers.generate one at a time, in the same run."""
-    from services.bench import bench_serving
+    from services.bench_chat import bench_serving
 
     bench_serving(model, show)
 
@@ -24,7 +24,7 @@ def translate(
     model: Annotated[str, typer.Argument(help="A translation model's folder or a run.")] = "translation-tiny",
     pairs: Annotated[str, typer.Argument(help="Sentence pairs, as a recipe names them.")] = "sample:emoji-names",
 ) -> None:
-    """1, 16 and 64 gRPC callers, beside transformers.generate one by one and in a batch, in the same run."""
+    """1, 16 and 64 gRPC clients, beside transformers.generate one by one and in a batch, in the same run."""
     from services.bench_translation import bench_translation
 
     bench_translation(model, pairs, show)
@@ -34,7 +34,7 @@ def translate(
 def draw(
     model: Annotated[str, typer.Argument(help="An image model's folder or a run.")] = "image-tiny",
 ) -> None:
-    """1 and 8 gRPC callers, beside diffusers' own pipeline one by one, in the same run."""
+    """1 and 8 gRPC clients, beside diffusers' own pipeline one by one, in the same run."""
     from services.bench_image import bench_drawing
 
     bench_drawing(model, show)

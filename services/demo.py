@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from services.client import Client
-from services.config import ChatModelConfig, ImageModelConfig, ServerConfig, TranslationModelConfig, find_model
+from services.config import ChatModelConfig, ImageModelConfig, ServerConfig, TranslationModelConfig
 from services.easel import Easel, in_english
+from services.folders import find_model
 
 if TYPE_CHECKING:
     from training.recipe import Recipe
@@ -87,7 +88,7 @@ def _serve_and_ask(held: dict[str, dict[str, str]], about: str, drawings: Path) 
         port=free_port(),
     )
     typer.echo("starting the service ...")
-    with running(config) as address, Client(address) as client:
+    with running(config) as server, Client(server.address) as client:
         typer.echo(f"{about}\n")
         for model in held["chat"]:
             for question in QUESTIONS:

@@ -18,7 +18,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
-from serving.engine.api import EngineClosed, QueueFull
+from serving.api import EngineClosed, QueueFull
 
 DETAILS_KEY = "grpc-status-details-bin"
 RETRY_AFTER_S = 1

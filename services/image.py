@@ -20,25 +20,22 @@ from chatforge.v1.image_pb2 import (
     StreamGenerateImageRequest,
     StreamGenerateImageResponse,
 )
-from chatforge.v1.models_pb2 import Model
 from services import convert
 from services.choice import choose_name
 from services.config import ImageModelConfig
 from services.errors import answers, invalid
 from services.image_model import ImageModel, Order, Prompts
 from services.metrics import ImageMetrics
-from services.threads import give_away_the_pool
+from services.servicer import Servicer
 from serving.image.api import Progress
 
 
-class ImageService:
+class ImageService(Servicer[ImageModel, ImageMetrics]):
     """Draws; its methods are the RPCs of chatforge.v1.ImageService."""
 
     def __init__(self, models: dict[str, ImageModelConfig], device: str = "cpu") -> None:
         """Loads every model. Raises ValueError where a folder cannot be served."""
-        threads = give_away_the_pool()
-        self._models = {name: ImageModel(name, config, device, threads) for name, config in models.items()}
-        self._metrics = {name: ImageMetrics(name) for name in models}
+        super().__init__(models, device, ImageModel, ImageMetrics)
 
     @answers(GenerateImageResponse)
     async def GenerateImage(
@@ -78,17 +75,6 @@ class ImageService:
         order = await model.prepare_edit(request)
         model.check_fits(order, "ask for fewer or smaller ones")
         return EditImageResponse(id=request_id, model=model.name, images=await self._drawn(model, order))
-
-    def describe(self) -> list[Model]:
-        """Every model's card, for ModelService."""
-        return [model.proto() for model in self._models.values()]
-
-    def check_health(self) -> None:
-        """Serve calls this every few seconds; what it sees goes out as gauges. Raises where a device is lost."""
-        for name, model in self._models.items():
-            self._metrics[name].show(model.painter.stats())
-            if model.painter.device_is_lost:
-                raise RuntimeError(f"{name}: its device is lost; only another process can use it again")
 
     def _model(self, request: Prompts) -> ImageModel:
         return self._models[choose_name("model", request.model, self._models)]

@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from chatforge.v1 import image_pb2, models_pb2
+from chatforge.v1 import image_pb2
 from services import convert, pictures
 from services.config import ImageModelConfig
 from services.errors import invalid
 from services.pictures import Encoding
+from services.servicer import DTYPES, ServedModel
 from services.transport import MAX_MESSAGE_BYTES
 from serving.image.api import ImageParams, ImageRequest
 from serving.image.painter import Painter
 from serving.image.sampling import check
-from serving.model_folder import describe
 
 Prompts = image_pb2.GenerateImageRequest | image_pb2.StreamGenerateImageRequest | image_pb2.EditImageRequest
 
-_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _SMALLEST_SIDE = 8  # pixels; ImageParams has no less
 _STRENGTH, _STRENGTH_WITH_MASK = 0.8, 1.0  # of an edit that says none, as diffusers has it
 _MESSAGE_WITHOUT_IMAGES = 4096  # bytes of a response that are no picture, at most
@@ -38,36 +36,41 @@ class Order:
     embed_metadata: bool
 
 
-class ImageModel:
+class ImageModel(ServedModel):
     """A painter with its limits."""
 
     def __init__(self, name: str, config: ImageModelConfig, device: str = "cpu", threads: int | None = None) -> None:
         """Loads the folder's weights; `threads` are the painter's. Raises ValueError where it cannot be served."""
-        self.name, self.config = name, config
-        self.info = describe(config.folder)
+        super().__init__(name, folder := config.folder, config.allow_unsafe)
+        self.config = config
         self.painter = Painter(
-            config.folder,
-            dtype=_DTYPES[config.dtype],
+            folder,
+            dtype=DTYPES[config.dtype],
             device=device,
             threads=threads,
             max_batch=config.max_batch,
             max_waiting=config.max_waiting,
+            allow_unsafe=config.allow_unsafe,
         )
         known = self.painter.defaults
         if known.width * known.height > config.max_pixels:
-            raise ValueError(f"{config.folder}: draws {known.width} × {known.height}, above max_pixels; raise it")
+            raise ValueError(f"{folder}: draws {known.width} × {known.height}, above max_pixels; raise it")
         steps = min(known.num_inference_steps, config.max_num_inference_steps)  # what is asked for is refused instead
         self._defaults = dataclasses.replace(known, num_inference_steps=steps)
 
-    def proto(self) -> models_pb2.Model:
-        limits = {
+    @property
+    def worker(self) -> Painter:
+        return self.painter
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {
             "max_images": self.config.max_images,
             "max_pixels": self.config.max_pixels,
             "max_num_inference_steps": self.config.max_num_inference_steps,
             "max_upload_bytes": self.config.max_upload_bytes,
             "max_characters": self.config.max_characters,
         }
-        return convert.model_proto(self.name, self.info, limits)
 
     def prepare(self, request: image_pb2.GenerateImageRequest | image_pb2.StreamGenerateImageRequest) -> Order:
         """What to draw. Raises StatusError where the request is outside of the limits."""

@@ -18,54 +18,50 @@
 
 The names of the applications are fixed: models, chat, translation and image. Their `args` are services.config's
 ModelsArgs, ChatArgs, TranslationArgs and ImageArgs, which hold all that a deployment may be told: `replicas`,
-`max_replicas`, `threads`, `cpus` and `gpus` per replica. With `max_replicas` Serve keeps as many replicas as answer the
-requests of the last half minute without a queue. A replica with `cpus: 0` may be put on any node, a head with
-`num-cpus: 0` included; one with more goes where they are free.
+`max_replicas`, and `threads`, `cpus` and `gpus` per replica. With `max_replicas` Serve keeps as many replicas as answer
+the requests of the last half minute without a queue. A replica with `cpus: 0` may be put on any node, a head with
+`num-cpus: 0` included; one with more goes where they are free. A replica uses one GPU at most: `gpus: 1` has one to
+itself, two with `gpus: 0.5` may share one.
 
 On a cluster the replica looks at its model's folder when it starts, and every node has services.app.ENVIRONMENT in its
 environment. `chatforge serve FILE` looks at the folders first, and starts all of it on one machine: `cpus` mean nothing
-there, nor do proxy_location, http_options and logging_config.
+there, nor do proxy_location, http_options and logging_config, and services that name no `gpus` share the machine's.
 """
 
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from services.config import SERVICE_ARGS, ModelsArgs, Scale, ServerConfigError, Service, nearest, validated
+from services.config import SERVICE_ARGS, ModelsArgs, Scale, Service
+from services.strict import ServerConfigError, Strict, nearest, validated
 
 _ARGS: dict[str, type[Scale]] = {"models": ModelsArgs, **SERVICE_ARGS}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Http(_Strict):
+class _Http(Strict):
     host: str = "0.0.0.0"
     port: int = 8000
 
 
-class _Grpc(_Strict):
+class _Grpc(Strict):
     port: int = 9000
     request_timeout_s: float  # Serve would let a request without one hold its place for ever
     grpc_servicer_functions: list[str]
 
 
-class _Logging(_Strict):
+class _Logging(Strict):
     encoding: Literal["TEXT", "JSON"] = "TEXT"
     log_level: str = "INFO"
     enable_access_log: bool = True
 
 
-class _Application(_Strict):
+class _Application(Strict):
     name: Literal[Service, "models"]
     import_path: str
     route_prefix: str
     args: dict[str, Any]
 
 
-class _Document(_Strict):
+class _Document(Strict):
     """Serve's own schema would pass over a key that it does not know."""
 
     applications: list[_Application]

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from chatforge.v1.models_pb2 import Model
 from chatforge.v1.translation_pb2 import (
     LanguagePair,
     ListLanguagesRequest,
@@ -24,20 +23,18 @@ from services.choice import choose_translator
 from services.config import TranslationModelConfig
 from services.errors import answers
 from services.metrics import TranslationMetrics
-from services.threads import give_away_the_pool
+from services.servicer import Servicer
 from services.translation_model import TranslationModel
 from serving.translation.api import Piece
 
 
-class TranslationService:
+class TranslationService(Servicer[TranslationModel, TranslationMetrics]):
     """Translates; its methods are the RPCs of chatforge.v1.TranslationService."""
 
     def __init__(self, models: dict[str, TranslationModelConfig], device: str = "cpu") -> None:
         """Loads every model. Raises ValueError where a folder cannot be served."""
-        threads = give_away_the_pool()
-        self._models = {name: TranslationModel(name, config, device, threads) for name, config in models.items()}
+        super().__init__(models, device, TranslationModel, TranslationMetrics)
         self._pairs = {name: model.languages for name, model in self._models.items()}
-        self._metrics = {name: TranslationMetrics(name) for name in models}
 
     @answers(TranslateResponse)
     async def Translate(self, request: TranslateRequest, grpc_context: Any, request_id: str) -> TranslateResponse:
@@ -75,17 +72,6 @@ class TranslationService:
             for source, target in sorted(models)
         ]
         return ListLanguagesResponse(pairs=pairs)
-
-    def describe(self) -> list[Model]:
-        """Every model's card, for ModelService."""
-        return [model.proto() for model in self._models.values()]
-
-    def check_health(self) -> None:
-        """Serve calls this every few seconds; what it sees goes out as gauges. Raises where a device is lost."""
-        for name, model in self._models.items():
-            self._metrics[name].show(model.translator.stats())
-            if model.translator.device_is_lost:
-                raise RuntimeError(f"{name}: its device is lost; only another process can use it again")
 
     def _model(self, request: TranslateRequest | StreamTranslateRequest) -> TranslationModel:
         name = choose_translator(request.model, request.source_language, request.target_language, self._pairs)

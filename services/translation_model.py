@@ -3,39 +3,36 @@
 import dataclasses
 from collections.abc import Sequence
 
-import torch
-
 from chatforge.v1 import models_pb2, translation_pb2
 from services import convert
 from services.choice import Pair
 from services.config import TranslationModelConfig
 from services.errors import invalid
-from serving.model_folder import describe
+from services.servicer import DTYPES, ServedModel
 from serving.translation.api import TranslationParams
 from serving.translation.translator import Translator
 
-_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-
-class TranslationModel:
+class TranslationModel(ServedModel):
     """A translator with its limits."""
 
     def __init__(
         self, name: str, config: TranslationModelConfig, device: str = "cpu", threads: int | None = None
     ) -> None:
         """Loads the folder's weights; `threads` are the translator's. Raises ValueError where it cannot be served."""
-        self.name, self.config = name, config
-        self.info = describe(config.folder)
+        super().__init__(name, folder := config.folder, config.allow_unsafe)
+        self.config = config
         self.translator = Translator(
-            config.folder,
+            folder,
             source_language=config.source_language,
             target_language=config.target_language,
             backend=config.backend,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             device=device,
             threads=threads,
             max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
+            allow_unsafe=config.allow_unsafe,
         )
         known = self.translator.defaults
         self._defaults = dataclasses.replace(  # cut where nothing is asked for; what is asked for is refused instead
@@ -48,14 +45,21 @@ class TranslationModel:
     def languages(self) -> Pair:
         return self.translator.source_language, self.translator.target_language
 
-    def proto(self) -> models_pb2.Model:
-        limits = {
+    @property
+    def worker(self) -> Translator:
+        return self.translator
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {
             "max_texts": self.config.max_texts,
             "max_characters": self.config.max_characters,
             "max_num_beams": self.config.max_num_beams,
             "max_new_tokens": self.config.max_new_tokens,
         }
-        model = convert.model_proto(self.name, self.info, limits)
+
+    def proto(self) -> models_pb2.Model:
+        model = super().proto()
         model.source_language, model.target_language = self.languages
         return model
 

@@ -1,7 +1,6 @@
 """The model folder: what joins training to serving. A Hugging Face folder or hub name, opened safely."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,34 +8,35 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-Json = dict[str, Any]
+from serving.folder import Json, kind_by_config, kind_of, read_json
 
-_KINDS = ("causal-lm", "reward", "translation", "text-to-image")
 _SAMPLE_BYTES = 1 << 20  # of each end of a weights file, for the revision
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OPT_IN = "a server loads it where its config says allow_unsafe: true for this model"
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """What a model folder says of itself; reading it loads no weights."""
 
-    kind: str  # one of causal-lm, reward, translation, text-to-image
+    kind: str  # one of serving.folder's KINDS
     revision: str  # changes with the folder's contents; for a hub name the hub's commit
     context_length: int | None  # tokens; None where the kind has no such limit
     manifest: Json = field(default_factory=dict)  # chatforge.json; empty for a folder made elsewhere
 
 
-def describe(path: str | Path) -> ModelInfo:
-    """Kind, revision and limits of a model folder or hub name. Raises ValueError where it is none."""
+def describe(path: str | Path, *, allow_unsafe: bool = False) -> ModelInfo:
+    """Kind, revision and limits of a model folder or hub name.
+
+    Raises ValueError where it is none, and where its config is code that comes with it, unless `allow_unsafe`.
+    """
     folder = Path(path)
     manifest = read_json(folder / "chatforge.json")
     if (folder / "model_index.json").is_file():
-        return ModelInfo(manifest.get("kind", "text-to-image"), _revision(folder), None, manifest)
-    config = _config(path, allow_unsafe=False)
-    kind = manifest.get("kind") or _kind_of(config)
-    if kind not in _KINDS:
-        raise ValueError(f"{path}: kind={kind!r} is none of {', '.join(_KINDS)}")
+        return ModelInfo(kind_of(folder), _revision(folder), None, manifest)
+    config = _config(path, allow_unsafe)
     revision = _revision(folder) if folder.is_dir() else str(config._commit_hash)
-    return ModelInfo(kind, revision, context_length(config), manifest)
+    return ModelInfo(_kind(path, config), revision, context_length(config), manifest)
 
 
 def load_causal_lm(
@@ -59,15 +59,11 @@ def load_translation(
 
 def _load(path: str | Path, auto: Any, wanted: str, dtype: torch.dtype | None, allow_unsafe: bool) -> tuple[Any, Any]:
     """The model by `auto`, one of transformers' AutoModel classes, where the folder's kind is the wanted one."""
-    folder = Path(path)
-    kind = read_json(folder / "chatforge.json").get("kind", wanted)
-    if kind != wanted:
-        raise ValueError(f"{path}: holds a {kind} model; a {wanted} is needed here")
-    if folder.is_dir() and not allow_unsafe:
-        refuse_pickle(folder)
     config = _config(path, allow_unsafe)
-    if wanted == "translation" and not config.is_encoder_decoder:
-        raise ValueError(f"{path}: {config.model_type} is no encoder-decoder; a translation model is needed here")
+    if (kind := _kind(path, config)) != wanted:
+        raise ValueError(f"{path}: holds a {kind} model; a {wanted} is needed here")
+    if (folder := Path(path)).is_dir() and not allow_unsafe:
+        refuse_pickle(folder)
     try:
         model = auto.from_pretrained(
             path,
@@ -107,8 +103,8 @@ def _config(path: str | Path, allow_unsafe: bool) -> Any:
     needs_code = [f for f in ("config.json", "tokenizer_config.json") if "auto_map" in read_json(folder / f)]
     if needs_code and not allow_unsafe:
         raise ValueError(
-            f"{path}: {needs_code[0]} asks for remote code (auto_map), which would run with your rights; "
-            "if you trust its author, pass allow_unsafe=True"
+            f"{path}: {needs_code[0]} asks for remote code (auto_map), which would run with your rights; if you trust "
+            f"its author, {_OPT_IN}"
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=allow_unsafe)
@@ -120,26 +116,25 @@ def refuse_pickle(folder: Path, weights: str = "model.safetensors") -> None:
     """Raises ValueError where a folder has no safetensors, `weights` being what they are usually called."""
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    pickled = sorted(f.name for pattern in _PICKLED for f in folder.glob(pattern))
     if pickled:
         raise ValueError(
             f"{folder}: has only pickled weights ({pickled[0]}), which can run any code when loaded; convert them to "
-            "safetensors or, if you trust their author, pass allow_unsafe=True"
+            f"safetensors; if you trust their author, {_OPT_IN}"
         )
     raise ValueError(f"{folder}: has no {weights}")
 
 
-def _kind_of(config: Any) -> str:
-    name = (config.architectures or [""])[0]
-    if "SequenceClassification" in name:
-        return "reward"
-    return "translation" if config.is_encoder_decoder else "causal-lm"
+def _kind(path: str | Path, config: Any) -> str:
+    """`config` is asked for a hub name alone."""
+    folder = Path(path)
+    return kind_of(folder) if folder.is_dir() else kind_by_config(config.to_dict())
 
 
 def _revision(folder: Path) -> str:
     """12 hex digits over the folder's JSON files and both ends of its weights: quick for any size."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
+    for file in sorted(f for pattern in ("*.json", "*.safetensors", *_PICKLED) for f in folder.rglob(pattern)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as f:
@@ -147,13 +142,3 @@ def _revision(folder: Path) -> str:
             f.seek(max(0, size - _SAMPLE_BYTES))
             digest.update(f.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:12]
-
-
-def read_json(file: Path) -> Json:
-    """The file's object, empty where there is no such file. Raises ValueError where it holds none."""
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON object: {error}") from None

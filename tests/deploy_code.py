@@ -17,9 +17,9 @@ import yaml
 from deploy_build import ROOT, Cluster, Object, Pod, at, clusters, name_of, of_kind, pods
 
 from services.app import ENVIRONMENT
-from services.config import ServerConfigError
 from services.proxy import APPLICATIONS
 from services.serve_config import short_form
+from services.strict import ServerConfigError
 from training.config import ConfigError
 from training.recipe import load_recipe
 

@@ -70,3 +70,7 @@ def test_recipes_and_plans_need_no_torch():
 
 def test_the_scheduler_needs_no_torch():
     assert "torch" not in set(imported_packages(ROOT / "serving/engine/scheduler.py"))
+
+
+def test_a_servers_config_needs_no_torch():
+    assert not {"torch", "ray", "transformers", "numpy"} & loaded("import services.config")

@@ -1,13 +1,18 @@
-"""What a chat message must not hold."""
+"""One chat model inside a replica: what a message must not hold, and whose a folder's mistake is."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TinyWorld
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from chatforge.v1.chat_pb2 import ChatRequest, Message
+from services.chat import ChatService
 from services.chat_model import ChatModel, control_tokens
 from services.config import ChatModelConfig
 from services.errors import StatusError
@@ -35,4 +40,26 @@ async def test_a_message_with_one_is_refused(tiny_world: TinyWorld) -> None:
     request = ChatRequest(messages=[Message(role="ROLE_USER", content="Hi<|im_end|>")])
     with pytest.raises(StatusError, match=r"im_end"):
         await model.prepare(request)
+    model.engine.close()
+
+
+def test_a_folder_that_cannot_be_served_is_named_with_its_model(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_world.llama, tmp_path / "odd"))
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": -1}), "utf-8")
+    with pytest.raises(ValueError, match=rf"^model 'mine' in {folder}: .*generation_config\.json: top_k=-1 must be 0"):
+        ChatService({"mine": ChatModelConfig(model=str(folder))})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"^model 'mine' in {folder}: has no model\.safetensors$"):
+        ChatService({"mine": ChatModelConfig(model=str(folder))})
+
+
+def test_what_its_owner_trusts_is_served(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_world.llama, tmp_path / "pickled"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="a server loads it where its config says allow_unsafe: true"):
+        ChatModel("tiny", ChatModelConfig(model=str(folder)))
+    model = ChatModel("tiny", ChatModelConfig(model=str(folder), allow_unsafe=True))
+    assert model.proto().name == "tiny"
     model.engine.close()

@@ -13,8 +13,8 @@ from deploy_build import K8S, OVERLAYS, TRAINING, Object, build, kustomize, name
 from deploy_checks import check
 from ray.serve.schema import ServeDeploySchema
 
-from services.config import ServerConfigError
 from services.serve_config import short_form
+from services.strict import ServerConfigError
 from training.recipe import shipped_recipes
 from training.store import open_store
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import TinyWorld
 
-from serving.engine.api import Chunk, EngineClosed, QueueFull, SamplingParams
+from serving.api import EngineClosed, QueueFull
+from serving.engine.api import Chunk, SamplingParams
 from serving.engine.torch_engine import TorchEngine
 from serving.model_folder import load_causal_lm
 
@@ -180,8 +181,8 @@ def test_a_prompt_that_does_not_fit_is_refused_at_once(
 
 @pytest.mark.parametrize("limit", [1, 257])
 def test_a_limit_beyond_the_model_is_refused(llama: tuple[Any, Any], limit: int) -> None:
-    with pytest.raises(ValueError, match=f"max_model_len={limit}"):
-        TorchEngine(*llama, max_model_len=limit)
+    with pytest.raises(ValueError, match=f"context_tokens={limit}"):
+        TorchEngine(*llama, context_tokens=limit)
 
 
 async def collect(engine: TorchEngine, prompt: list[int], params: SamplingParams) -> list[Chunk]:
@@ -268,6 +269,41 @@ async def test_a_failing_step_ends_its_requests_and_not_the_engine(
         with pytest.raises(ZeroDivisionError):
             await collect(engine, [5, 6], GREEDY)
     assert (await collect(engine, [5, 6], GREEDY))[-1].finish_reason
+
+
+async def test_those_who_wait_are_not_in_a_step_that_fails(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, waiting = await two_running_and_one_waiting(engine)
+    logits = engine._decoder.logits
+
+    def full_once(step: Any) -> Any:
+        monkeypatch.setattr(engine._decoder, "logits", logits)
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(engine._decoder, "logits", full_once)
+    ended = await asyncio.gather(*running, return_exceptions=True)
+    assert [type(error) for error in ended] == [torch.OutOfMemoryError] * 2
+    assert (await waiting)[-1].finish_reason
+
+
+async def test_a_lost_device_ends_those_who_wait_too(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = await two_running_and_one_waiting(engine)
+
+    def lost(step: Any) -> Any:
+        raise torch.AcceleratorError("gone")
+
+    monkeypatch.setattr(engine._decoder, "logits", lost)
+    ended = await asyncio.gather(*tasks[0], tasks[1], return_exceptions=True)
+    assert [type(error) for error in ended] == [torch.AcceleratorError] * 3
+
+
+async def two_running_and_one_waiting(engine: TorchEngine) -> tuple[list[Any], Any]:
+    running = [asyncio.create_task(collect(engine, [5, 6], FOREVER)) for _ in range(2)]
+    await until(lambda: engine.stats().num_requests_running == 2)
+    waiting = asyncio.create_task(collect(engine, [5, 6], GREEDY))
+    await until(lambda: engine.stats().num_requests_waiting == 1)
+    return running, waiting
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("gone")])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import TinyWorld
 
-from serving.model_folder import describe, load_causal_lm
+from serving.folder import kind_of, read_json
+from serving.model_folder import describe, load_causal_lm, load_translation
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_dtype_is_the_folders_own_unless_asked_for(folder: Path) -> None:
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such model folder"):
         load_causal_lm(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+    with pytest.raises(ValueError, match="neither a model folder nor a hub name"):
         load_causal_lm(tmp_path)
 
 
@@ -74,3 +75,29 @@ def test_another_kind_is_refused(folder: Path) -> None:
     edit(folder / "chatforge.json", kind="poem")
     with pytest.raises(ValueError, match="kind='poem'"):
         describe(folder)
+
+
+def test_a_folder_made_elsewhere_is_of_the_kind_that_its_config_tells(
+    folder: Path, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """transformers would draw the head that is missing at random, and answer with noise."""
+    (folder / "chatforge.json").unlink()
+    edit(folder / "config.json", architectures=["LlamaForSequenceClassification"])
+    assert kind_of(folder) == describe(folder).kind == "reward"
+    with pytest.raises(ValueError, match="holds a reward model; a causal-lm is needed here"):
+        load_causal_lm(folder)
+    opus = Path(shutil.copytree(tiny_world.translation, tmp_path / "opus"))
+    (opus / "chatforge.json").unlink()
+    assert kind_of(opus) == describe(opus).kind == "translation"
+    with pytest.raises(ValueError, match="holds a translation model; a causal-lm is needed here"):
+        load_causal_lm(opus)
+    edit(folder / "config.json", architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match="holds a causal-lm model; a translation is needed here"):
+        load_translation(folder)
+
+
+@pytest.mark.parametrize("text", ["[1", "[1]", '["ab"]', "5"])
+def test_a_file_that_holds_no_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON object"):
+        read_json(tmp_path / "config.json")

@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from services.errors import DETAILS_KEY, StatusError, answers, invalid, overloaded, send, unavailable
 from services.proxy import conceal
-from serving.engine.api import EngineClosed, QueueFull
+from serving.api import EngineClosed, QueueFull
 
 
 class Context:

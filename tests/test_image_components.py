@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from annotated_types import Le
 from conftest import TinyWorld
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from image_world import MULTIPLE, SIZE, TOKENS, tiny_folder, tiny_pipeline
 
-from serving.image.api import ImageParams
-from serving.image.components import load_components
+from serving.image.api import MAX_GUIDANCE_SCALE, MAX_NUM_INFERENCE_STEPS, ImageParams
+from serving.image.components import _PIPELINES, load_components
 from serving.image.pixels import PixelAutoencoder
 from serving.model_folder import describe
+from training.config import PIXART_TOKENS, ImageConfig
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +217,11 @@ def test_the_tiny_world_is_the_same_each_time(made: Path, tmp_path: Path) -> Non
     one, two = (load_components(folder) for folder in (made, tiny_folder(tmp_path)))
     for name, weight in one.denoiser.state_dict().items():
         assert np.array_equal(weight, two.denoiser.state_dict()[name])
+
+
+def test_recipes_have_the_bounds_that_serving_has() -> None:
+    """training.config may not import what serves (the arrows between packages), so it names them again."""
+    bounds = {name: ImageConfig.model_fields[name].metadata for name in ("num_inference_steps", "guidance_scale")}
+    assert Le(MAX_NUM_INFERENCE_STEPS) in bounds["num_inference_steps"]
+    assert Le(MAX_GUIDANCE_SCALE) in bounds["guidance_scale"]
+    assert _PIPELINES["PixArtAlphaPipeline"] == ("transformer", PIXART_TOKENS)

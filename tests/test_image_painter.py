@@ -14,7 +14,7 @@ import pytest
 import torch
 from image_world import SIZE, tiny_folder
 
-from serving.engine.api import EngineClosed, QueueFull
+from serving.api import EngineClosed, QueueFull
 from serving.image import painter as painter_module
 from serving.image.api import ImageParams, ImageRequest, Progress
 from serving.image.painter import Painter

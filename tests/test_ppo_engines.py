@@ -83,7 +83,7 @@ def sampled(folder):
     from training.ppo_rollout import Rollouts
 
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    tokenizer, size = AutoTokenizer.from_pretrained(folder), {"max_num_seqs": 64, "max_model_len": 16}
+    tokenizer, size = AutoTokenizer.from_pretrained(folder), {"max_num_seqs": 64, "context_tokens": 16}
     params = SamplingParams(max_new_tokens=8, temperature=1.0)
     own = Rollouts(policy, policy, TorchEngine(policy, tokenizer, **size), params)
     beside = RemoteRollouts(policy, 2, params, policy.config, policy.generation_config, tokenizer, **size)
@@ -115,7 +115,7 @@ def test_an_engine_stops_at_the_tokens_that_the_policy_stops_at(tiny_world):
     from training.ppo_engines import RolloutEngine
 
     policy, tokenizer = (kind.from_pretrained(tiny_world.llama) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    engine = RolloutEngine(policy.config, policy.generation_config, tokenizer, "cpu", max_num_seqs=1, max_model_len=16)
+    engine = RolloutEngine(policy.config, policy.generation_config, tokenizer, "cpu", max_num_seqs=1, context_tokens=16)
     assert eos_ids(engine._model, tokenizer) == eos_ids(policy, tokenizer)
     assert len(eos_ids(policy, tokenizer)) > 1
 

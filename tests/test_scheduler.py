@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from serving.engine.api import QueueFull, SamplingParams
+from serving.api import QueueFull
+from serving.engine.api import SamplingParams
 from serving.engine.scheduler import Request, Scheduler, Step
 
 

@@ -11,8 +11,10 @@ from services_world import run_command
 from test_services_config import model, pipeline
 
 from services import app
-from services.config import ChatArgs, ServerConfig, ServerConfigError, load_config
+from services.config import ChatArgs, ServerConfig, load_config
+from services.gpus import on_gpus
 from services.serve_config import short_form
+from services.strict import ServerConfigError
 
 DOCUMENT = """
 proxy_location: EveryNode
@@ -196,11 +198,55 @@ def test_on_one_machine_replicas_share_its_cores(folder: Path, monkeypatch: pyte
     }  # fmt: skip
 
 
-def test_gpus_that_a_machine_lacks_are_said_before_serve_would_wait_for_them(folder: Path) -> None:
-    config = load_config(folder / "serve.yaml")
-    app._check_gpus(config, 2)
-    with pytest.raises(ServerConfigError, match="chat: replicas x gpus = 2; this machine has 1 GPUs left for it"):
-        app._check_gpus(config, 1)
+ALL = {"chat": {"a": {"model": "mine"}}, "translation": {"b": {"model": "words"}}, "image": {"c": {"model": "sd"}}}
+
+
+@pytest.mark.parametrize(
+    ("present", "settings", "parts"),
+    [
+        (0, {}, (0, 0, 0)),
+        (1, {}, (0.3333, 0.3333, 0.3333)),
+        (2, {}, (0.5, 0.5, 0.5)),  # not two thirds each: no two of them would be on one GPU
+        (3, {}, (1, 1, 1)),
+        (8, {}, (1, 1, 1)),
+        (1, {"replicas": 2}, (0.1666, 0.1666, 0.1666)),
+        (2, {"scale": {"chat": {"max_replicas": 4}}}, (0.3333, 0.3333, 0.3333)),
+        (2, {"scale": {"chat": {"gpus": 1}}}, (1, 0.5, 0.5)),
+        (2, {"scale": {"chat": {"gpus": 0.5}}}, (0.5, 0.5, 0.5)),
+        (1, {"scale": {"chat": {"gpus": 0.5}}}, (0.5, 0, 0)),
+        (1, {"scale": {"chat": {"gpus": 0}}}, (0, 0.5, 0.5)),
+        (1, {"gpus_per_replica": 0}, (0, 0, 0)),
+        (1, {"image": {}, "scale": {"image": {"gpus": 1}}}, (0.5, 0.5)),  # an image service that is not there
+        (1, {"gpus_per_replica": 0.25}, (0.25, 0.25, 0.25)),
+    ],
+)
+def test_on_one_machine_replicas_share_its_gpus(
+    folder: Path, present: int, settings: dict[str, Any], parts: tuple[float, ...]
+) -> None:
+    config = on_gpus(ServerConfig.model_validate({**ALL, **settings}), present)
+    made = [app.applications(config)[service]._bound_deployment for service in config.services]
+    assert tuple(deployment.ray_actor_options["num_gpus"] for deployment in made) == parts
+    assert [deployment.init_args[1] for deployment in made] == ["cuda" if part else "cpu" for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("present", "scale", "said"),
+    [
+        (1, {"chat": {"replicas": 2, "gpus": 1}}, r"chat: .* = 2 x 1, .* 1 GPUs 1 are left for it"),
+        (1, {"chat": {"gpus": 0.6}, "image": {"gpus": 0.6}}, r"image: .* = 1 x 0\.6, .* 1 GPUs 0\.4 are left for it"),
+        (2, {"chat": {"replicas": 3, "gpus": 0.6}}, r"chat: .* = 3 x 0\.6, each of one GPU; .* 2 GPUs 2 are left"),
+    ],
+)
+def test_gpus_that_a_machine_lacks_are_said_before_serve_would_wait_for_them(
+    folder: Path, present: int, scale: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ServerConfigError, match=said):
+        on_gpus(ServerConfig.model_validate({**ALL, "scale": scale}), present)
+
+
+def test_where_nobody_shares_out_gpus_a_replica_that_names_none_has_none(folder: Path) -> None:
+    made = settings(ServerConfig.model_validate(ALL))
+    assert {(s["num_gpus"], s["init_args"][1]) for name, s in made.items() if name != "models"} == {(0, "cpu")}
 
 
 # ---- mistakes
@@ -275,7 +321,7 @@ WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
         r"applications\.chat\.args\..*max_replicas=1: is below replicas=2; raise or drop it",
     ),
     "fewer than no cpus": (change(*CHAT, "args", "cpus", to=-1), r"args\.cpus=-1: .*greater than or equal to 0"),
-    "a part of a gpu": (change(*CHAT, "args", "gpus", to=0.5), r"args\.gpus=0\.5: .*valid integer"),
+    "two gpus": (change(*CHAT, "args", "gpus", to=2), r"args\.gpus=2: .*less than or equal to 1"),
     "no list of models": (drop(*MODELS), "applications: has none called 'models'; add it with services="),
     "another list": (
         change(*MODELS, "args", "services", "chat", to=["assistant"]),

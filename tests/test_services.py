@@ -325,7 +325,8 @@ def test_the_command_says_what_is_wrong_in_one_line(server: Server, tmp_path: Pa
 
 def test_the_server_says_how_to_reach_it(server: Server) -> None:
     assert f"chatforge chat --server {server.address} --model " in server.greeting
-    assert all(name in server.greeting for name in ("tiny", "long"))
+    assert all(f"  {name:<24} " in server.greeting for name in ("tiny", "long"))
+    assert server.greeting.count(", on cpu\n") == 2
 
 
 # ---- a replica dies, and the end; these come last

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.config import ServerConfigError, find_model, load_config, parse_model_option
+from services.config import load_config
+from services.folders import find_model, parse_model_option
+from services.strict import ServerConfigError
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown translation key": (
         {"translation": {"a": {"model": "words", "max_beams": 2}}},
-        r"translation\.a\.max_beams: no such key; valid: model, source_language",
+        r"translation\.a\.max_beams: no such key; valid: model, dtype, allow_unsafe, source_language",
     ),
     "unknown top key": ({"prot": 1, "chat": {"a": {"model": "half"}}}, "prot: no such key; valid: chat, translation"),
     "wrong value": ({"chat": {"a": {"model": "half", "dtype": "fp16"}}}, r"chat\.a\.dtype='fp16': .*'bf16'"),
@@ -151,6 +153,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"image": {"a": {"model": "half"}}},
         "run 'half' has no image model yet: it needs its image stage",
     ),
+    "fewer replicas at the most": (
+        {"chat": {"a": {"model": "half"}}, "scale": {"chat": {"replicas": 2, "max_replicas": 1}}},
+        r"^scale\.chat: max_replicas=1: is below replicas=2; raise or drop it$",
+    ),
+    "no place to wait": (
+        {"chat": {"a": {"model": "half", "max_waiting": 0}}},
+        r"chat\.a\.max_waiting=0: .*greater than 0",
+    ),
+    "a context without room for an answer": (
+        {"chat": {"a": {"model": "half", "context_tokens": 1}}},
+        r"chat\.a\.context_tokens=1: .*greater than or equal to 2",
+    ),
     "no model": ({"chat": {"a": {}}}, r"chat\.a\.model: is required"),
     "bad name": ({"chat": {"a b": {"model": "half"}}}, "model name 'a b' must be letters"),
     "no such model": (
@@ -176,6 +190,9 @@ def test_folders_that_hold_no_chat_model_are_refused_before_anything_starts(fold
     model(folder / "reward", kind="reward")
     with pytest.raises(ServerConfigError, match="reward: holds a reward model; chat needs a causal-lm model"):
         load_config(None, chat={"a": {"model": "reward"}})
+    (model(folder / "foreign") / "config.json").write_text('{"architectures": ["XForSequenceClassification"]}', "utf-8")
+    with pytest.raises(ServerConfigError, match="foreign: holds a reward model; chat needs a causal-lm model"):
+        load_config(None, chat={"a": {"model": "foreign"}})
     (model(folder / "plain") / "tokenizer_config.json").write_text("{}", "utf-8")
     with pytest.raises(ServerConfigError, match="plain: its tokenizer has no chat template"):
         load_config(None, chat={"a": {"model": "plain"}})
@@ -212,7 +229,8 @@ def test_folders_of_another_kind_are_refused_for_images(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- a\n", "is a mapping, not list"),
+        ("- a\n", "x.yaml: a server's config is a mapping, not list"),
+        ("# nothing yet\n", "x.yaml: is empty; name a model in it, as in `chat: {mine: {model: FOLDER}}`"),
         ("a: [", "not valid YAML"),
         ("chat: [half]", r"chat=\['half'\]: Input should be a valid dictionary"),
         (None, "No such file"),
@@ -222,4 +240,10 @@ def test_a_file_that_is_no_config(folder: Path, text: str | None, said: str) -> 
     if text is not None:
         (folder / "x.yaml").write_text(text, "utf-8")
     with pytest.raises(ServerConfigError, match=said):
+        load_config(folder / "x.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_named(folder: Path) -> None:
+    (folder / "x.yaml").write_bytes("# für\n".encode("latin-1"))
+    with pytest.raises(ServerConfigError, match=r"x\.yaml: not UTF-8 at byte 4$"):
         load_config(folder / "x.yaml")

@@ -15,7 +15,7 @@ import torch
 from transformers import M2M100Tokenizer, MarianTokenizer, MBart50Tokenizer, MBartTokenizer, NllbTokenizer
 from translation_world import EOS, build_folder, build_opus_folder
 
-from serving.engine.api import EngineClosed, QueueFull
+from serving.api import EngineClosed, QueueFull
 from serving.model_folder import load_causal_lm, load_translation
 from serving.translation.api import Hypothesis, Translation, TranslationParams
 from serving.translation.batching import Call, Waiting, pick

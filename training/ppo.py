@@ -61,7 +61,7 @@ def build(config: PPOConfig, run: Run, reward: Reward | None = None) -> PPOTrain
     engines = max(1, config.rollout_engines)
     size = {
         "max_num_seqs": min(MAX_NUM_SEQS, -(-config.batch_size // (run.workers * engines))),
-        "max_model_len": max(map(len, prompts)) + config.response_length,
+        "context_tokens": max(map(len, prompts)) + config.response_length,
     }
     rollouts: Rollouts | RemoteRollouts
     if config.rollout_engines:

@@ -39,12 +39,12 @@ class RolloutEngine:
         tokenizer: Any,
         device: str,
         max_num_seqs: int,
-        max_model_len: int,
+        context_tokens: int,
     ) -> None:
         os.environ.update(ENVIRONMENT)
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
         self._model.generation_config = generation_config  # it names the tokens that end a completion
-        self._engine = TorchEngine(self._model, tokenizer, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self._engine = TorchEngine(self._model, tokenizer, max_num_seqs=max_num_seqs, context_tokens=context_tokens)
 
     @torch.no_grad()
     def sample(

@@ -74,7 +74,7 @@ def sample(config: RankConfig, run: Run) -> None:
     except ValueError as error:
         raise StageError(f"rank.model={folder}: {error}") from error
     engine = TorchEngine(model.to(run.device), tokenizer, max_num_seqs=SAMPLED_AT_ONCE)
-    room = engine.max_model_len - config.max_new_tokens
+    room = engine.context_tokens - config.max_new_tokens
     prompts = choose_prompts(config, run, lambda prompt: len(encode_prompt(tokenizer, prompt.messages)) <= room)
     path = completions_path(run)
     done = _resume(path)

@@ -2,9 +2,11 @@
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-FinishReason = Literal["stop", "length"]
+from serving.api import FinishReason
+
+MIN_CONTEXT_TOKENS = 2  # one of the prompt and one of the answer
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,11 @@ class EngineStats:
     generation_tokens: int
 
 
-class QueueFull(RuntimeError):
-    """The waiting queue is at its bound; the caller should come back later."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine drains or is closed, and takes no new requests."""
-
-
 class Engine(Protocol):
     """Answers prompts, many at a time."""
+
+    context_tokens: int  # of prompt and answer together, at the most
+    device_is_lost: bool  # every later step would fail: nothing but another process helps
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
         """Streams one completion; closing the iterator frees its slot by the next step.
@@ -112,5 +109,9 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     async def drain(self) -> None:
-        """Takes no new requests and returns when the running ones have ended."""
+        """Takes no new requests and returns when those that are open have ended."""
+        ...
+
+    def close(self) -> None:
+        """Ends every request with EngineClosed."""
         ...

@@ -8,7 +8,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from serving.engine.api import QueueFull, SamplingParams
+from serving.api import QueueFull
+from serving.engine.api import SamplingParams
 
 
 @dataclass(eq=False)

@@ -1,7 +1,5 @@
 """TorchEngine: continuous batching of a transformers model, in a thread of its own."""
 
-import asyncio
-import logging
 import secrets
 import threading
 from collections import deque
@@ -12,14 +10,15 @@ from typing import Any
 
 import torch
 
+from serving.api import FinishReason
 from serving.engine import sampler
-from serving.engine.api import Chunk, Completion, EngineClosed, EngineStats, FinishReason, SamplingParams, joined
+from serving.engine.api import MIN_CONTEXT_TOKENS, Chunk, Completion, EngineStats, SamplingParams, joined
 from serving.engine.decoder import make_decoder
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.scheduler import Request, Scheduler, Step
 from serving.model_folder import context_length, eos_ids, load_causal_lm
-
-logger = logging.getLogger(__name__)
+from serving.news import News
+from serving.worker import Worker
 
 CHUNK_TOKENS = 128  # of a prompt per step: what those who decode wait for a newcomer
 STEP_TOKENS = 256  # of all prompts per step
@@ -35,7 +34,7 @@ class _Output:
     deliver: Deliver
 
 
-class TorchEngine:
+class TorchEngine(Worker[Request, _Output]):
     """The `Engine` of serving.engine.api for any causal LM of transformers, on the device the model is on.
 
     Greedy float32 output equals `transformers.generate` token by token. A seed's draws depend on the prompt and the
@@ -46,6 +45,8 @@ class TorchEngine:
     Steps run one at a time, in a thread that the first `generate` starts, or in the caller's for `generate_all`.
     """
 
+    _name = "engine"
+
     def __init__(
         self,
         model: Any,
@@ -53,28 +54,23 @@ class TorchEngine:
         *,
         max_num_seqs: int = 16,
         max_waiting: int = 256,
-        max_model_len: int | None = None,
+        context_tokens: int | None = None,
         threads: int | None = None,
     ) -> None:
-        """`max_model_len` bounds prompt plus completion, in tokens; by default it is what the model was made for.
+        """`context_tokens` bounds prompt plus completion, in tokens; by default it is what the model was made for.
 
         `threads` are torch's in the engine's own thread, by default what torch has there. Raises ValueError for sizes
         out of range.
         """
-        self.max_model_len = _limit(max_model_len, context_length(model.config))
+        super().__init__(threads)
+        self.context_tokens = _limit(context_tokens, context_length(model.config))
         self.eos_ids = eos_ids(model, tokenizer)
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._scheduler = Scheduler(max_num_seqs, max_waiting, CHUNK_TOKENS, STEP_TOKENS)
-        self._decoder = make_decoder(model, max_num_seqs, self.max_model_len)
-        self._open: dict[Request, _Output] = {}  # what waits or runs
+        self._decoder = make_decoder(model, max_num_seqs, self.context_tokens)
         self._prompt_tokens = self._generation_tokens = 0
-        self._changed = threading.Condition()  # guards everything above; notified when there is work
         self._stepping = threading.Lock()  # one step at a time
-        self._thread: threading.Thread | None = None
-        self._draining = self._closed = False
-        self.device_is_lost = False  # every later step would fail: nothing but another process helps
-        self._threads = threads
 
     @classmethod
     def from_folder(cls, path: str | Path, dtype: torch.dtype | None = None, **dials: Any) -> "TorchEngine":
@@ -109,7 +105,7 @@ class TorchEngine:
         ]
         try:
             while any(request in self._open for request in requests):
-                self._step()
+                self._work()
         finally:
             for request in requests:
                 self._cancel(request)
@@ -122,25 +118,10 @@ class TorchEngine:
             return EngineStats(
                 num_requests_running=len(running),
                 num_requests_waiting=len(self._scheduler.waiting),
-                kv_cache_usage_perc=used / (self._scheduler.max_num_seqs * self.max_model_len),
+                kv_cache_usage_perc=used / (self._scheduler.max_num_seqs * self.context_tokens),
                 prompt_tokens=self._prompt_tokens,
                 generation_tokens=self._generation_tokens,
             )
-
-    async def drain(self) -> None:
-        """Takes no new requests and returns when the running ones have ended."""
-        self._draining = True
-        while self._open:
-            await asyncio.sleep(0.01)
-
-    def close(self) -> None:
-        """Ends every request with EngineClosed, and the thread."""
-        with self._changed:
-            self._draining = self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        self._fail(EngineClosed("the engine was closed"))
 
     def update_weights(self) -> None:
         """Reads the model's parameters again, after a training step has changed them.
@@ -156,10 +137,10 @@ class TorchEngine:
         wanted = len(prompt_ids) + params.max_new_tokens
         if not prompt_ids:
             raise ValueError("prompt_ids is empty; a prompt has at least one token")
-        if wanted > self.max_model_len:
+        if wanted > self.context_tokens:
             raise ValueError(
                 f"a prompt of {len(prompt_ids)} tokens with max_new_tokens={params.max_new_tokens} needs {wanted} "
-                f"tokens, above the limit of {self.max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"tokens, above the limit of {self.context_tokens}; shorten the prompt or ask for fewer tokens"
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
             raise ValueError(f"prompt_ids has ids outside 0..{self.vocab_size - 1}")
@@ -183,51 +164,23 @@ class TorchEngine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(request_id, list(prompt_ids), params, seed)
         with self._changed:
-            if self._draining:
-                raise EngineClosed("the engine takes no new requests")
+            self._refuse_when_draining()
             self._scheduler.add(request, bounded)
             self._open[request] = _Output(Detokenizer(self._decode, params.stop), deliver)
             self._changed.notify_all()
         return request
 
-    def _cancel(self, request: Request) -> None:
-        """Gives up a request that has not ended; its slot is free for the next step."""
-        with self._changed:
-            if self._open.pop(request, None):
-                request.cancelled = True
-                self._changed.notify_all()
+    def _end(self, request: Request, listener: _Output, error: Exception) -> None:
+        listener.deliver(error)
 
-    def _ensure_thread(self) -> None:
-        with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
-                self._thread.start()
+    def _has_work(self) -> bool:
+        return not self._scheduler.idle
 
-    def _run(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
-                if self._closed:
-                    return
-            try:
-                self._step()
-            except Exception as error:
-                logger.exception("a step failed; its requests end with this error")
-                self.device_is_lost |= isinstance(error, torch.AcceleratorError)  # one without memory is not lost
-                self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        with self._changed:
-            failed, self._open = self._open, {}
-            for request in failed:
-                request.cancelled = True
-        for output in failed.values():
-            output.deliver(error)
+    def _in_work(self) -> list[Request]:
+        return list(self._scheduler.running)
 
     @torch.inference_mode()
-    def _step(self) -> None:
+    def _work(self) -> None:
         """Schedule, compute, draw, deliver."""
         with self._stepping:
             with self._changed:
@@ -287,9 +240,10 @@ class TorchEngine:
 def _limit(wanted: int | None, made_for: int | None) -> int:
     limit = made_for if wanted is None else wanted
     if limit is None:
-        raise ValueError("max_model_len is required: the model's config names no context length")
-    if limit < 2 or (made_for is not None and limit > made_for):
-        raise ValueError(f"max_model_len={limit} must be between 2 and the model's context of {made_for} tokens")
+        raise ValueError("context_tokens is required: the model's config names no context length")
+    if limit < MIN_CONTEXT_TOKENS or (made_for is not None and limit > made_for):
+        allowed = f"between {MIN_CONTEXT_TOKENS} and the model's context of {made_for} tokens"
+        raise ValueError(f"context_tokens={limit} must be {allowed}")
     return limit
 
 
@@ -297,20 +251,17 @@ class _Mailbox:
     """Chunks from the engine's thread to one asyncio task."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ready = asyncio.Event()
+        self._news = News()
         self._items: deque[Chunk | Exception] = deque()
 
     def put(self, item: Chunk | Exception) -> None:
         self._items.append(item)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._ready.set)
+        self._news.tell()
 
     async def take(self) -> Chunk:
         """All that has come, as one chunk; raises what the engine failed with."""
         while not self._items:  # an earlier wake-up may be for what was taken already
-            self._ready.clear()
-            await self._ready.wait()
+            await self._news.wait()
         items = [self._items.popleft() for _ in range(len(self._items))]
         return joined(_raised(items))
 

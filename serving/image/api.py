@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
+if TYPE_CHECKING:  # a server's config takes its bounds from here
+    import numpy as np
 
 Sampler = Literal["ddim", "dpm++", "euler"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
@@ -54,8 +55,8 @@ class ImageRequest:
     params: ImageParams
     seeds: tuple[int, ...]  # one image for each, the same whatever else is drawn beside it
     negative_prompt: str = ""  # takes the place of no prompt in the guidance
-    image: np.ndarray | None = None  # [height, width, 3] uint8
-    mask: np.ndarray | None = None  # [height, width] uint8: from 128 on it is redrawn, below it is kept
+    image: "np.ndarray | None" = None  # [height, width, 3] uint8
+    mask: "np.ndarray | None" = None  # [height, width] uint8: from 128 on it is redrawn, below it is kept
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and what it must be."""
@@ -76,7 +77,7 @@ class Progress:
 
     step: int  # 1 to total
     total: int
-    previews: tuple[np.ndarray, ...] = ()  # [height, width, 3] uint8: what the model takes them to become, where asked
+    previews: "tuple[np.ndarray, ...]" = ()  # [height, width, 3] uint8: what they seem to become, where asked
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class PainterStats:
     steps: int  # of whole batches, since the start
 
 
-def _is_picture(array: np.ndarray, shape: tuple[int, ...]) -> bool:
-    return array.dtype == np.uint8 and array.shape == shape
+def _is_picture(array: "np.ndarray", shape: tuple[int, ...]) -> bool:
+    return array.dtype == "uint8" and array.shape == shape
 
 
-def _looks(array: np.ndarray) -> str:
+def _looks(array: "np.ndarray") -> str:
     return f"{array.dtype} {list(array.shape)}"

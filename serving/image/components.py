@@ -14,9 +14,10 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SchedulerMixin, UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from serving.folder import Json, kind_of, read_json
 from serving.image.api import ImageParams
 from serving.image.pixels import PixelAutoencoder
-from serving.model_folder import Json, describe, read_json, refuse_pickle
+from serving.model_folder import refuse_pickle
 
 # By model_index.json's _class_name: what the denoiser is called there, and the most tokens that a prompt may have
 # where that is the pipeline's rule and not its tokenizer's.
@@ -111,10 +112,11 @@ def load_components(
     loading would run code that comes with it: classes of its own, and pickled weights unless `allow_unsafe`.
     """
     folder = Path(folder)
-    info = describe(folder)
-    if info.kind != "text-to-image":
-        raise ValueError(f"{folder}: holds a {info.kind} model; a text-to-image is needed here")
-    index = read_json(folder / "model_index.json")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such model folder")
+    if (held := kind_of(folder)) != "text-to-image":
+        raise ValueError(f"{folder}: holds a {held} model; a text-to-image is needed here")
+    index, manifest = read_json(folder / "model_index.json"), read_json(folder / "chatforge.json")
     denoiser, longest = _pipeline(folder, index)
     parts = {}
     for name in (denoiser, "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -122,7 +124,7 @@ def load_components(
         parts[name] = _load(folder, name, kind, dtype if name == denoiser else None, device, allow_unsafe)
     limit = parts["tokenizer"].model_max_length
     components = Components(
-        denoiser=parts.pop(denoiser), **parts, max_prompt_tokens=min(limit, longest or limit), manifest=info.manifest
+        denoiser=parts.pop(denoiser), **parts, max_prompt_tokens=min(limit, longest or limit), manifest=manifest
     )
     _check(folder, components)
     return components

@@ -35,18 +35,19 @@ class Painter(Batches[Call, Waiting]):
         threads: int | None = None,
         max_batch: int = 8,
         max_waiting: int = 64,
+        allow_unsafe: bool = False,
     ) -> None:
         """`dtype` is the denoiser's, by default float32 whatever the folder holds.
 
         `threads` are those of the thread that draws, by default what torch has there. `max_batch` bounds the images
-        that are drawn together, `max_waiting` those that wait (of more than one request). Raises ValueError where the
-        folder cannot be served, and for sizes below one.
+        that are drawn together, `max_waiting` those that wait (of more than one request). `allow_unsafe` as
+        load_components'. Raises ValueError where the folder cannot be served, and for sizes below one.
         """
         for name, value in {"max_batch": max_batch, "max_waiting": max_waiting}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         super().__init__(max_waiting, threads)
-        self.components = load_components(folder, dtype, device=device)
+        self.components = load_components(folder, dtype, device=device, allow_unsafe=allow_unsafe)
         self.defaults = self.components.defaults
         self._max_batch = max_batch
         self._images = self._steps = 0
@@ -104,7 +105,7 @@ class Painter(Batches[Call, Waiting]):
     def _wait_for_company(self) -> None:
         self._changed.wait_for(lambda: self._closed or len(self._waiting) >= self._max_batch, _COMPANY)
 
-    def _work(self, batch: list[Waiting]) -> None:
+    def _work_off(self, batch: list[Waiting]) -> None:
         """Draws a batch to its end, or until nobody waits for it any more."""
         drawing = Drawing(self.components, [(w.call.request, w.seed) for w in batch])
         while drawing.step < drawing.total:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from serving.engine.api import FinishReason
+from serving.api import FinishReason
 
 MAX_NUM_BEAMS = 32
 

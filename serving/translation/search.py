@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from serving.engine.api import FinishReason
+from serving.api import FinishReason
 from serving.translation.api import TranslationParams
 from serving.translation.rules import Rules
 

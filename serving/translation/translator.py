@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from serving.api import FinishReason
 from serving.batches import Batches
-from serving.engine.api import FinishReason
-from serving.model_folder import context_length, describe, load_translation
+from serving.folder import read_json
+from serving.model_folder import context_length, load_translation
 from serving.news import News
 from serving.translation import segments
 from serving.translation.api import (
@@ -53,19 +54,21 @@ class Translator(Batches[Call, Waiting]):
         threads: int | None = None,
         max_batch_tokens: int = 4096,
         max_waiting: int = 4096,
+        allow_unsafe: bool = False,
     ) -> None:
         """Languages are BCP-47 codes, by default those that the folder names.
 
         `threads` are those of the thread that translates, by default what torch has there. `max_batch_tokens` bounds a
         batch's padded source tokens times beams, `max_waiting` the sentences that wait (of more than one request).
-        Raises ValueError where the folder cannot be served, and for sizes below one.
+        `allow_unsafe` as load_translation's. Raises ValueError where the folder cannot be served, and for sizes below
+        one.
         """
         for name, value in {"max_batch_tokens": max_batch_tokens, "max_waiting": max_waiting}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         super().__init__(max_waiting, threads)
-        manifest = describe(folder).manifest
-        model, tokenizer = load_translation(folder, dtype)
+        manifest = read_json(Path(folder) / "chatforge.json")
+        model, tokenizer = load_translation(folder, dtype, allow_unsafe=allow_unsafe)
         self.source_language = _language("source", source_language, manifest, tokenizer)
         self.target_language = _language("target", target_language, manifest, tokenizer)
         self.defaults = _defaults(model.generation_config)
@@ -157,7 +160,7 @@ class Translator(Batches[Call, Waiting]):
         self._prompt_tokens += sum(len(w.source) for w in batch)
         return batch
 
-    def _work(self, batch: list[Waiting]) -> None:
+    def _work_off(self, batch: list[Waiting]) -> None:
         def cancelled(i: int) -> bool:
             return self._closed or batch[i].call.cancelled
 

@@ -5,7 +5,6 @@ one answer after another, then (transformers gone) the server with one and with 
 vLLM's definitions: TTFT from sending a request to its first output, inter-token latency between successive outputs.
 """
 
-import asyncio
 import gc
 import os
 import statistics
@@ -14,14 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.bench_clients import NAME, Measured, ask_all, over_grpc, served, table
 from services.client import AsyncClient
-from services.config import ChatModelConfig, ServerConfig, find_model
+from services.config import ChatModelConfig
+from services.folders import find_model
 
 CLIENTS = 16
 NEW_TOKENS = 64
 SHORTEST, LONGEST = 20, 200  # tokens of a prompt, template included
 BASELINE_PROMPTS = 6  # enough for a steady rate: transformers takes seconds for each
-NAME = "model"
 _STORY = (
     "Tell me a long story about the sea, the old lighthouse and the people who lived beside it when the winter came "
     "early, and the boats could not leave the harbour for weeks. "
@@ -29,31 +29,26 @@ _STORY = (
 
 
 @dataclass
-class Measured:
-    """One way of serving the prompts."""
+class Answered(Measured):
+    """One way of answering the prompts; what it makes are tokens."""
 
-    name: str
-    tokens: int = 0
-    seconds: float = 0.0
     first_token: list[float] = field(default_factory=list)  # seconds, one a request
     between: list[float] = field(default_factory=list)  # seconds, one an output after the first
 
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
 
-
-def bench_serving(model: str, show: Callable[[Any], None]) -> list[Measured]:
+def bench_serving(model: str, show: Callable[[Any], None]) -> list[Answered]:
     """Measures, shows a table and returns its rows: transformers, one client, 16 clients."""
     folder = str(find_model(model))
     threads = len(os.sched_getaffinity(0))
     prompts, baseline = _transformers(folder, threads)
-    rows = [baseline, *_served(folder, threads, prompts)]
-    show(_table(folder, threads, rows))
+    chat = {NAME: ChatModelConfig(model=folder, dtype="bf16", max_num_seqs=CLIENTS)}
+    rows = [baseline, *served(threads, lambda address: _clients(address, prompts), chat=chat)]
+    title = f"{folder}, bf16, {threads} threads, prompts of {SHORTEST} to {LONGEST} tokens, {NEW_TOKENS} new tokens"
+    show(table(title, "tokens", rows, ("TTFT p50", "p99", "inter-token p50", "p99"), _latencies))
     return rows
 
 
-def _transformers(folder: str, threads: int) -> tuple[list[str], Measured]:
+def _transformers(folder: str, threads: int) -> tuple[list[str], Answered]:
     """The prompts, and transformers.generate on some of them, from the shortest to the longest."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,7 +57,7 @@ def _transformers(folder: str, threads: int) -> tuple[list[str], Measured]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     prompts = ragged_prompts(tokenizer)
-    measured = Measured("transformers.generate, one at a time")
+    measured = Answered("transformers.generate, one at a time")
     chosen = prompts[:: len(prompts) // BASELINE_PROMPTS][:BASELINE_PROMPTS]
     for number, prompt in enumerate([chosen[0], *chosen]):  # the first is the warm-up
         ids = torch.tensor([_ids(tokenizer, prompt)])
@@ -72,7 +67,7 @@ def _transformers(folder: str, threads: int) -> tuple[list[str], Measured]:
         )
         if number:
             measured.seconds += time.perf_counter() - started
-            measured.tokens += out.shape[1] - ids.shape[1]
+            measured.made += out.shape[1] - ids.shape[1]
     del model
     gc.collect()
     return prompts, measured
@@ -91,54 +86,29 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def _served(folder: str, threads: int, prompts: Sequence[str]) -> list[Measured]:
-    from services.app import free_port, running
+async def _clients(address: str, prompts: Sequence[str]) -> list[Answered]:
+    async def ask(prompts: Sequence[str], clients: int) -> Answered:
+        row = Answered(over_grpc(clients))
+        return await ask_all(row, address, prompts, clients, lambda client, prompt: _ask(client, prompt, row))
 
-    chat = {NAME: ChatModelConfig(model=folder, dtype="bf16", max_num_seqs=CLIENTS)}
-    with running(ServerConfig(chat=chat, port=free_port(), threads=threads)) as address:
-        return asyncio.run(_clients(address, prompts))
-
-
-async def _clients(address: str, prompts: Sequence[str]) -> list[Measured]:
-    await _ask_all(address, prompts[:2], 1)  # warm-up
-    await _ask_all(address, prompts, CLIENTS)
-    one = await _ask_all(address, prompts[:: len(prompts) // BASELINE_PROMPTS][:BASELINE_PROMPTS], 1)
-    many = await _ask_all(address, prompts, CLIENTS)
-    return [one, many]
+    await ask(prompts[:2], 1)  # warm-up
+    await ask(prompts, CLIENTS)
+    one = await ask(prompts[:: len(prompts) // BASELINE_PROMPTS][:BASELINE_PROMPTS], 1)
+    return [one, await ask(prompts, CLIENTS)]
 
 
-async def _ask_all(address: str, prompts: Sequence[str], clients: int) -> Measured:
-    """Every prompt once, by `clients` clients that each have a connection of their own and ask one after another."""
-    measured = Measured(f"chatforge over gRPC, {clients} client{'s' * (clients > 1)}")
-    queue = list(prompts)
-    started = time.perf_counter()
-    await asyncio.gather(*(_ask_until_empty(address, queue, measured) for _ in range(clients)))
-    measured.seconds = time.perf_counter() - started
-    return measured
+async def _ask(client: AsyncClient, prompt: str, row: Answered) -> int:
+    last, first = time.perf_counter(), True
+    stream = client.stream_chat(prompt, model=NAME, max_new_tokens=NEW_TOKENS, temperature=0)
+    async for _ in stream:
+        now = time.perf_counter()
+        (row.first_token if first else row.between).append(now - last)
+        last, first = now, False
+    return stream.reply.completion_tokens
 
 
-async def _ask_until_empty(address: str, queue: list[str], measured: Measured) -> None:
-    async with AsyncClient(address) as client:
-        while queue:
-            prompt = queue.pop(0)
-            last, first = time.perf_counter(), True
-            stream = client.stream_chat(prompt, model=NAME, max_new_tokens=NEW_TOKENS, temperature=0)
-            async for _ in stream:
-                now = time.perf_counter()
-                (measured.first_token if first else measured.between).append(now - last)
-                last, first = now, False
-            measured.tokens += stream.reply.completion_tokens
-
-
-def _table(folder: str, threads: int, rows: Sequence[Measured]) -> Any:
-    from rich.table import Table
-
-    title = f"{folder}, bf16, {threads} threads, prompts of {SHORTEST} to {LONGEST} tokens, {NEW_TOKENS} new tokens"
-    table = Table("", "tokens/s", "×", "TTFT p50", "p99", "inter-token p50", "p99", title=title, box=None)
-    for row in rows:
-        latencies = [_ms(values, q) for values in (row.first_token, row.between) for q in (50, 99)]
-        table.add_row(row.name, f"{row.rate:.1f}", f"{row.rate / rows[0].rate:.2f}", *latencies)
-    return table
+def _latencies(row: Answered) -> list[str]:
+    return [_ms(values, q) for values in (row.first_token, row.between) for q in (50, 99)]
 
 
 def _ms(seconds: Sequence[float], percentile: int) -> str:
