@@ -83,6 +83,8 @@ class Servicer(Generic[M, K]):
 def _loaded(load: Callable[[str, Any, str, int], M], name: str, config: ModelConfig, device: str, threads: int) -> M:
     try:
         return load(name, config, device, threads)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except Exception as error:
         said = str(error).removeprefix(f"{config.model}: ")
+        if not isinstance(error, ValueError):  # a file that was cut short, a device without room
+            said = f"cannot be loaded: {type(error).__name__}: {said}"
         raise ValueError(f"model {name!r} in {config.model}: {said}") from error

@@ -48,6 +48,9 @@ def test_a_folder_that_cannot_be_served_is_named_with_its_model(tiny_world: Tiny
     (folder / "generation_config.json").write_text(json.dumps({"top_k": -1}), "utf-8")
     with pytest.raises(ValueError, match=rf"^model 'mine' in {folder}: .*generation_config\.json: top_k=-1 must be 0"):
         ChatService({"mine": ChatModelConfig(model=str(folder))})
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=rf"^model 'mine' in {folder}: cannot be loaded: SafetensorError: "):
+        ChatService({"mine": ChatModelConfig(model=str(folder))})
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"^model 'mine' in {folder}: has no model\.safetensors$"):
         ChatService({"mine": ChatModelConfig(model=str(folder))})
