@@ -129,10 +129,13 @@ def test_health_is_known_by_service(server: Server, client: Client) -> None:
 
 def test_metrics_have_vllms_names(server: Server, client: Client) -> None:
     client.chat("Hello", model="tiny", max_new_tokens=4)
+    with pytest.raises(CallError, match="NOT_FOUND"):
+        client.chat("Hello", model="x")
 
     def published() -> bool:
         page = server.metrics()
-        return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page
+        refused = re.search(r'^ray_request_errors_total\{.*application="chat".*code="NOT_FOUND".*method="Chat"', page, re.M)
+        return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page and refused is not None
 
     eventually(published, 60)
 
@@ -341,7 +344,7 @@ def test_a_killed_replica_comes_back_and_shows_nothing_of_the_inside(server: Ser
     killed.send_signal(signal.SIGKILL)
     with pytest.raises(CallError) as caught:
         list(stream)
-    assert caught.value.code == "UNAVAILABLE"
+    assert caught.value.code == "UNAVAILABLE" and caught.value.request_id
     assert not [word for word in INSIDE if word in caught.value.details]
     with Client(server.address, timeout=60) as patient:
         assert patient.chat("Hello", model="tiny", max_new_tokens=3).completion_tokens <= 3
