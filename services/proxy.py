@@ -207,7 +207,9 @@ class _Call:
         self._details = details
 
     def set_trailing_metadata(self, metadata: Any) -> None:
-        self._trailing = tuple(metadata)
+        """The request's id stays, as in the context that a replica has."""
+        known = [pair for pair in self._trailing if pair[0] == "request_id"]
+        self._trailing = (*known, *(pair for pair in metadata if pair not in known))
 
 
 def conceal(context: Any) -> None:
