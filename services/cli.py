@@ -44,7 +44,7 @@ class _Commands(TyperGroup):
             code = _exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"{'' if code == TERMINATED else 'error: '}{error}", err=True)
+            typer.echo(f"{'' if code == TERMINATED else 'error: '}{error}{_hint(error)}", err=True)
             raise typer.Exit(code) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -69,6 +69,12 @@ def _exit_code(error: Exception) -> int | None:
     if called in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
         return 2
     return 1 if called else None
+
+
+def _hint(error: Exception) -> str:
+    """How to mend what gRPC says of a server that it could not reach."""
+    unreached = getattr(error, "code", None) == "UNAVAILABLE" and not getattr(error, "by_server", True)
+    return "; is `chatforge serve` running there? see --server" if unreached else ""
 
 
 def _terminate(*_: object) -> NoReturn:

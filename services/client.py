@@ -1,4 +1,4 @@
-"""The client of a ChatForge server, sync and async. Needs grpc, protobuf and chatforge.v1, nothing heavier.
+"""The client of a ChatForge server, sync and async. Needs grpc, protobuf, google.rpc and chatforge.v1.
 
     with Client("localhost:9000") as client:
         print(client.chat("What is the sea?", max_new_tokens=50).text)
@@ -37,6 +37,7 @@ from chatforge.v1 import (
     translation_pb2_grpc,
 )
 from services import replies
+from services.address import DEFAULT_ADDRESS
 from services.replies import ImageReply, LanguagePair, Messages, Reply, StepProgress, TranslationReply
 from services.transport import (
     AsyncStream,
@@ -62,7 +63,6 @@ __all__ = [
     "TranslationReply",
 ]
 
-DEFAULT_ADDRESS = "127.0.0.1:9000"
 _CHAT = (("application", "chat"),)  # Serve routes by it
 _TRANSLATION = (("application", "translation"),)
 _IMAGE = (("application", "image"),)

@@ -20,9 +20,9 @@ from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
 from services.metrics import count_error
+from services.transport import DETAILS_KEY
 from serving.engine.api import EngineClosed, QueueFull
 
-DETAILS_KEY = "grpc-status-details-bin"
 RETRY_AFTER_S = 1
 
 logger = logging.getLogger("ray.serve")  # its records go to the replica's own log file

@@ -20,8 +20,9 @@ from chatforge.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 from chatforge.v1.image_pb2_grpc import add_ImageServiceServicer_to_server
 from chatforge.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
 from chatforge.v1.translation_pb2_grpc import add_TranslationServiceServicer_to_server
-from services.errors import DETAILS_KEY, StatusError, overloaded, refuse, send, unavailable
+from services.errors import StatusError, overloaded, refuse, send, unavailable
 from services.health import HEALTH_SERVICE, add_health_servicer
+from services.transport import DETAILS_KEY
 
 # Which application serves which service; a grpc.health.v1 client asks by these names too.
 APPLICATIONS = {

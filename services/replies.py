@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 from google.protobuf.message import Message
 
 from chatforge.v1 import chat_pb2, common_pb2, image_pb2, translation_pb2
-from services.transport import MAX_MESSAGE_BYTES
 
 Messages = str | Sequence[Mapping[str, str]]  # one user message, or [{"role": "user", "content": "..."}, ...]
 FinishReason = Literal["stop", "length"]
@@ -168,10 +167,6 @@ def edit_image_request(
     prompt: str, negative_prompt: str, model: str, given: dict[str, Any], config: dict[str, Any]
 ) -> image_pb2.EditImageRequest:
     """`given` has the image, its mask and the strength. Raises ValueError as `chat_request` does."""
-    size = sum(len(given[field] or b"") for field in ("image", "mask"))
-    if size > MAX_MESSAGE_BYTES:
-        limit = f"a message's {MAX_MESSAGE_BYTES}"
-        raise ValueError(f"image: {size} bytes, mask included, are more than {limit}; send a smaller one")
     return image_pb2.EditImageRequest(
         model=model, prompt=prompt, negative_prompt=negative_prompt, config=_image_config(config), **given
     )

@@ -94,6 +94,7 @@ MISTAKES = {
     "nothing to evaluate on": (["evaluate", "nowhere"], "name data to measure it on"),
     "no run there": (["evaluate", "nowhere", "--runs", "there"], "evaluate nowhere: no run of that name in there; for"),
     "a text that is not UTF-8": (["translate", "ab\udcff"], "text: not UTF-8 at character 3"),
+    "no address": (["chat", "--server", "localhost", "hi"], "address='localhost': write HOST:PORT, or https://HOST for"),
     "one name for two": (
         ["serve", "--translation", "a=b", "--translation", "a=c"],
         "--translation: 'a' is given twice; give one another name: NAME=c",
@@ -136,6 +137,7 @@ def test_a_package_that_is_missing_is_named_with_how_to_get_it(tmp_path: Path) -
 def test_a_server_that_is_not_there_exits_1(tmp_path: Path) -> None:
     told = run_command(["chat", "--server", "127.0.0.1:1", "hi"], tmp_path)
     assert told.returncode == 1 and told.stderr.startswith("error: UNAVAILABLE: ") and told.stderr.count("\n") == 1
+    assert told.stderr.endswith("; is `chatforge serve` running there? see --server\n")
 
 
 def test_the_plan_of_a_shipped_recipe_is_printed(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from ray.serve.metrics import Counter
 
-from services.errors import DETAILS_KEY, StatusError, answers, invalid, overloaded, refuse, send, unavailable
+from services.errors import StatusError, answers, invalid, overloaded, refuse, send, unavailable
 from services.proxy import _Call, conceal
+from services.transport import DETAILS_KEY
 from serving.engine.api import EngineClosed, QueueFull
 
 
@@ -166,7 +167,7 @@ def test_the_proxy_leaves_our_own_errors_alone() -> None:
 class Wire:
     """What grpc's own context is asked for."""
 
-    peer = auth_context = peer_identities = peer_identity_key = invocation_metadata = lambda self: None  # noqa: E731
+    peer = auth_context = peer_identities = peer_identity_key = invocation_metadata = lambda self: None
 
     def set_code(self, code: grpc.StatusCode) -> None:
         pass

@@ -19,9 +19,10 @@ from PIL import ExifTags, Image
 
 from chatforge.v1 import image_pb2
 from services.config import ImageModelConfig
-from services.errors import DETAILS_KEY, StatusError
+from services.errors import StatusError
 from services.image import ImageService
 from services.image_model import ImageModel
+from services.transport import DETAILS_KEY
 from serving.image.api import ImageParams
 
 MIB = 1 << 20

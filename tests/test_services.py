@@ -19,7 +19,7 @@ from services_world import LIMITS, Server, eventually, free_port, run_command, s
 
 from chatforge.v1 import chat_pb2, chat_pb2_grpc, models_pb2
 from services.client import AsyncClient, CallError, Client
-from services.errors import DETAILS_KEY
+from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -134,7 +134,9 @@ def test_metrics_have_vllms_names(server: Server, client: Client) -> None:
 
     def published() -> bool:
         page = server.metrics()
-        refused = re.search(r'^ray_request_errors_total\{.*application="chat".*code="NOT_FOUND".*method="Chat"', page, re.M)
+        refused = re.search(
+            r'^ray_request_errors_total\{.*application="chat".*code="NOT_FOUND".*method="Chat"', page, re.M
+        )
         return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page and refused is not None
 
     eventually(published, 60)
@@ -232,9 +234,11 @@ def test_bytes_that_are_not_utf8_are_refused(server: Server, method: str) -> Non
     assert error.details() == f"{method}Request: cannot be parsed; its strings must be UTF-8"
 
 
-def test_a_message_above_4_mib_is_refused(client: Client) -> None:
-    with pytest.raises(CallError, match="RESOURCE_EXHAUSTED"):
-        client.chat("x" * (5 << 20), model="tiny")
+def test_a_message_above_4_mib_is_refused(server: Server, client: Client) -> None:
+    large = chat_pb2.ChatRequest(model="tiny", messages=[chat_pb2.Message(content="x" * (5 << 20))])
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        chat_pb2_grpc.ChatServiceStub(channel).Chat(large)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert client.chat("still there?", model="tiny", max_new_tokens=2).completion_tokens <= 2
 
 

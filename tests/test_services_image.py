@@ -19,7 +19,7 @@ from services_world import Server, eventually, free_port, run_command, serving
 
 from chatforge.v1 import image_pb2_grpc, models_pb2
 from services.client import AsyncClient, CallError, Client, ImageReply, StepProgress
-from services.errors import DETAILS_KEY
+from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -18,8 +18,8 @@ from services_world import LIMITS, Server, environment, eventually, free_port, r
 
 from chatforge.v1 import common_pb2, models_pb2, translation_pb2, translation_pb2_grpc
 from services.client import AsyncClient, CallError, Client, LanguagePair
-from services.errors import DETAILS_KEY
 from services.replies import stream_translate_request, translate_request
+from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
 
