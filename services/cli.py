@@ -63,7 +63,9 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, StageInterrupted):
         return TERMINATED
-    if isinstance(error, StageCrashed):
+    from services.app import ServerStartError
+
+    if isinstance(error, (StageCrashed, ServerStartError)):
         return 1
     called = getattr(error, "code", None)  # services.client.CallError, which is not imported for this
     if called in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
@@ -245,7 +247,7 @@ def serve(
 
     held = settings.chat | settings.translation | settings.image
     typer.echo(f"starting {', '.join(held)} ...")
-    with running(settings) as address:
+    with running(settings, typer.echo) as address:
         for name, served in held.items():
             typer.echo(f"  {name:<24} {served.folder}")
         typer.echo(f"ready at {address}, on every network interface of this machine")

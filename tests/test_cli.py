@@ -94,7 +94,10 @@ MISTAKES = {
     "nothing to evaluate on": (["evaluate", "nowhere"], "name data to measure it on"),
     "no run there": (["evaluate", "nowhere", "--runs", "there"], "evaluate nowhere: no run of that name in there; for"),
     "a text that is not UTF-8": (["translate", "ab\udcff"], "text: not UTF-8 at character 3"),
-    "no address": (["chat", "--server", "localhost", "hi"], "address='localhost': write HOST:PORT, or https://HOST for"),
+    "no address": (
+        ["chat", "--server", "localhost", "hi"],
+        "address='localhost': write HOST:PORT, or https://HOST",
+    ),
     "one name for two": (
         ["serve", "--translation", "a=b", "--translation", "a=c"],
         "--translation: 'a' is given twice; give one another name: NAME=c",
