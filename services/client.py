@@ -38,7 +38,7 @@ from chatforge.v1 import (
 )
 from services import replies
 from services.address import DEFAULT_ADDRESS
-from services.replies import ImageReply, LanguagePair, Messages, Reply, StepProgress, TranslationReply
+from services.replies import ImageReply, LanguagePair, Messages, ModelCard, Reply, StepProgress, TranslationReply
 from services.transport import (
     AsyncStream,
     Attempts,
@@ -58,6 +58,7 @@ __all__ = [
     "ImageReply",
     "LanguagePair",
     "Messages",
+    "ModelCard",
     "Reply",
     "StepProgress",
     "TranslationReply",
@@ -206,13 +207,16 @@ class Client(_Connection):
         request = replies.edit_image_request(prompt, negative_prompt, model, given, config)
         return replies.image_replies(self._unary(self._image.EditImage, request, _IMAGE, timeout))
 
-    def list_models(self, timeout: float | None = None) -> list[models_pb2.Model]:
+    def list_models(self, timeout: float | None = None) -> list[ModelCard]:
+        """Every model of the server, by name."""
         request = models_pb2.ListModelsRequest()
-        return list(self._unary(self._models.ListModels, request, _MODELS, timeout).models)
+        response = self._unary(self._models.ListModels, request, _MODELS, timeout)
+        return [replies.model_card(model) for model in response.models]
 
-    def get_model(self, name: str = "", timeout: float | None = None) -> models_pb2.Model:
+    def get_model(self, name: str = "", timeout: float | None = None) -> ModelCard:
+        """One model; an empty name means the only one there is."""
         request = models_pb2.GetModelRequest(name=name)
-        return self._unary(self._models.GetModel, request, _MODELS, timeout).model
+        return replies.model_card(self._unary(self._models.GetModel, request, _MODELS, timeout).model)
 
     def health(self, service: str = "", timeout: float | None = None) -> str:
         """SERVING or NOT_SERVING: of the whole server, or of one service such as chatforge.v1.ChatService."""
@@ -330,13 +334,14 @@ class AsyncClient(_Connection):
         request = replies.edit_image_request(prompt, negative_prompt, model, given, config)
         return replies.image_replies(await self._unary(self._image.EditImage, request, _IMAGE, timeout))
 
-    async def list_models(self, timeout: float | None = None) -> list[models_pb2.Model]:
+    async def list_models(self, timeout: float | None = None) -> list[ModelCard]:
         request = models_pb2.ListModelsRequest()
-        return list((await self._unary(self._models.ListModels, request, _MODELS, timeout)).models)
+        response = await self._unary(self._models.ListModels, request, _MODELS, timeout)
+        return [replies.model_card(model) for model in response.models]
 
-    async def get_model(self, name: str = "", timeout: float | None = None) -> models_pb2.Model:
+    async def get_model(self, name: str = "", timeout: float | None = None) -> ModelCard:
         request = models_pb2.GetModelRequest(name=name)
-        return (await self._unary(self._models.GetModel, request, _MODELS, timeout)).model
+        return replies.model_card((await self._unary(self._models.GetModel, request, _MODELS, timeout)).model)
 
     async def health(self, service: str = "", timeout: float | None = None) -> str:
         return _HEALTH[(await self._unary(self._health, StringValue(value=service), (), timeout)).value]

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chatforge.v1 import models_pb2
 from services.client import CallError, Client
 
 PART_CHARACTERS = 16_000  # of a document, in one call; less where the server allows less
@@ -34,11 +33,11 @@ class Interpreter:
         """What one call may hold, by every model that could be the one: the languages choose it on the server."""
         name = self._options.get("model")
         allowed = [
-            model.limits.max_characters
+            model.limits.get("max_characters", PART_CHARACTERS)  # a model that is still loading tells no limit
             for model in self._client.list_models()
-            if model.kind == models_pb2.MODEL_KIND_TRANSLATION and name in (None, "", model.name)
+            if model.kind == "translation" and name in (None, "", model.name)
         ]
-        return min([PART_CHARACTERS, *filter(None, allowed)])  # a model that is still loading tells no limit
+        return min([PART_CHARACTERS, *allowed])
 
     def show_hypotheses(self, text: str) -> None:
         """Prints every translation of a text, best first, with its score. Raises CallError."""

@@ -8,8 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from chatforge.v1 import models_pb2
-from services.client import CallError
+from services.client import CallError, ModelCard
 from services.interpreter import PART_CHARACTERS, Interpreter, parts, read_document
 
 
@@ -21,11 +20,11 @@ class Shouting:
         self.limits, self.texts = limits, list[str]()
         self.asked = 0
 
-    def list_models(self) -> list[models_pb2.Model]:
+    def list_models(self) -> list[ModelCard]:
         self.asked += 1
-        chat = models_pb2.Model(name="chat", kind=models_pb2.MODEL_KIND_CAUSAL_LM)
-        chat.limits.max_characters = 1
-        return [chat, *(_translation_model(name, limit) for name, limit in self.limits.items())]
+        chat = ModelCard("chat", "causal-lm", limits={"max_characters": 1})
+        told = {name: {"max_characters": limit} if limit else {} for name, limit in self.limits.items()}
+        return [chat, *(ModelCard(name, "translation", limits=limits) for name, limits in told.items())]
 
     def stream_translate(self, text: str, **options: Any) -> Any:
         assert options["target"] == "en"
@@ -33,11 +32,6 @@ class Shouting:
         if text == "?":
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "text: is no text")
         return nullcontext(iter(text.upper()))
-
-
-def _translation_model(name: str, max_characters: int) -> models_pb2.Model:
-    limits = models_pb2.ModelLimits(max_characters=max_characters)
-    return models_pb2.Model(name=name, kind=models_pb2.MODEL_KIND_TRANSLATION, limits=limits)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "a\r\nb\u2028c\n\n\n", "\n\n" * 30 + "x" * 50 + "\ny"])

@@ -17,7 +17,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services_world import LIMITS, Server, eventually, free_port, run_command, serving, that_never_ends
 
-from chatforge.v1 import chat_pb2, chat_pb2_grpc, models_pb2
+from chatforge.v1 import chat_pb2, chat_pb2_grpc
 from services.client import AsyncClient, CallError, Client
 from services.transport import DETAILS_KEY
 
@@ -109,10 +109,10 @@ def test_models_are_described(client: Client, tiny_world: Any) -> None:
     from serving.model_folder import describe
 
     tiny = client.get_model("tiny")
-    assert tiny.kind == models_pb2.MODEL_KIND_CAUSAL_LM and tiny.state == models_pb2.MODEL_STATE_READY
+    assert (tiny.kind, tiny.state) == ("causal-lm", "ready")
     assert tiny.revision == describe(tiny_world.llama).revision
-    assert (tiny.lineage.run, tiny.lineage.stage) == ("tiny", "llama")
-    assert {f.name: value for f, value in tiny.limits.ListFields()} == LIMITS
+    assert (tiny.run, tiny.stage) == ("tiny", "llama")
+    assert tiny.limits == LIMITS
     assert [m.name for m in client.list_models()] == ["long", "tiny"]
 
 
@@ -353,7 +353,7 @@ def test_a_killed_replica_comes_back_and_shows_nothing_of_the_inside(server: Ser
     with Client(server.address, timeout=60) as patient:
         assert patient.chat("Hello", model="tiny", max_new_tokens=3).completion_tokens <= 3
     eventually(lambda: client.health() == "SERVING")
-    assert client.get_model("tiny").state == models_pb2.MODEL_STATE_READY
+    assert client.get_model("tiny").state == "ready"
     assert server.replicas()["chat"].pid != killed.pid
 
 
