@@ -24,6 +24,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from services.address import DEFAULT_PORT
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]  # BCP-47: de, pt-BR, zh-Hant
@@ -190,7 +192,7 @@ class ServerConfig(BaseModel):
     chat: dict[str, ChatModelConfig] = {}
     translation: dict[str, TranslationModelConfig] = {}
     image: dict[str, ImageModelConfig] = {}
-    port: Annotated[int, Field(gt=0, lt=65536)] = 9000
+    port: Annotated[int, Field(gt=0, lt=65536)] = DEFAULT_PORT
     replicas: Positive = 1  # of each service: processes that each hold every model of it
     threads: Positive | None = None  # torch threads per replica; default: the machine's cores over all replicas
     gpus_per_replica: NotNegative = 0

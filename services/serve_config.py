@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from services.address import DEFAULT_PORT
 from services.config import SERVICE_ARGS, ModelsArgs, Scale, ServerConfigError, Service, nearest, validated
 
 _ARGS: dict[str, type[Scale]] = {"models": ModelsArgs, **SERVICE_ARGS}
@@ -47,7 +48,7 @@ class _Http(_Strict):
 
 
 class _Grpc(_Strict):
-    port: int = 9000
+    port: int = DEFAULT_PORT
     request_timeout_s: float  # Serve would let a request without one hold its place for ever
     grpc_servicer_functions: list[str]
 

@@ -1,11 +1,12 @@
 """The services over real Ray Serve and gRPC: answers, refusals, cancellation, overload, and a replica that dies."""
 
+import json
 import re
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from services_world import LIMITS, Server, eventually, free_port, run_command, s
 
 from chatforge.v1 import chat_pb2, chat_pb2_grpc
 from services.client import AsyncClient, CallError, Client
+from services.console import CUT
 from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
@@ -313,12 +315,17 @@ def first_refusal(server: Server) -> Any:
 def test_the_command_talks(server: Server, tmp_path: Path, client: Client) -> None:
     options = ["--server", server.address]
     said = ["--model", "tiny", "--seed", "4", "--max-new-tokens", "12"]
-    expected = client.chat("What is tea?", model="tiny", seed=4, max_new_tokens=12).text
+    expected = client.chat("What is tea?", model="tiny", seed=4, max_new_tokens=12)
     told = run_command(["chat", *options, *said, "What", "is", "tea?"], tmp_path)
-    assert (told.returncode, told.stdout, told.stderr) == (0, expected + "\n", "")
+    assert (told.returncode, told.stdout) == (0, expected.text + "\n")
+    assert told.stderr == ("" if expected.finish_reason == "stop" else f"{CUT}\n")
     piped = run_command(["chat", *options, *said], tmp_path, stdin="What is tea?\n")
-    assert (piped.returncode, piped.stdout) == (0, expected + "\n")
+    assert (piped.returncode, piped.stdout) == (0, expected.text + "\n")
+    shaped = run_command(["chat", *options, *said, "--top-k", "1", "--stop", "a", "--stop", "e", "Hello"], tmp_path)
+    assert shaped.stdout == client.chat("Hello", model="tiny", max_new_tokens=12, top_k=1, stop=["a", "e"]).text + "\n"
     listed = run_command(["models", *options], tmp_path)
+    cards = json.loads(run_command(["models", *options, "--json"], tmp_path).stdout)
+    assert cards == [asdict(card) for card in client.list_models()]
     assert listed.returncode == 0 and "tiny" in listed.stdout and "run tiny, llama" in listed.stdout
     assert run_command(["health", *options], tmp_path).stdout == "SERVING\n"
 
