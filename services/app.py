@@ -59,6 +59,10 @@ class Server:
     devices: dict[Service, str]  # cuda or cpu: where the models of each service are
 
 
+class ServerStartError(RuntimeError):
+    """A server whose replicas do not start, through no fault of its config."""
+
+
 def models(args: ModelsArgs) -> "Application":
     """The application of ModelService."""
     from services.models import ModelService
@@ -141,12 +145,13 @@ def _resources(args: Scale) -> dict[str, Any]:
 
 
 @contextmanager
-def running(config: ServerConfig) -> Iterator[Server]:
+def running(config: ServerConfig, say: Callable[[str], None] = lambda text: None) -> Iterator[Server]:
     """A server that answers inside the block; after it no process or file is left.
 
     It joins the cluster that RAY_ADDRESS names, or starts one of its own on this machine, where `cpus` mean nothing and
     replicas that name no `gpus` share what there are. Raises ServerConfigError where the port is taken, a GPU is
-    missing or a model cannot be loaded.
+    missing or a model cannot be loaded, and ServerStartError for whatever else keeps it from starting: the logs are
+    then kept, and named.
     """
     _check_port(config.port)
     if not os.environ.get("RAY_ADDRESS"):
@@ -157,18 +162,27 @@ def running(config: ServerConfig) -> Iterator[Server]:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: the replicas keep their logs
     scratch = tempfile.mkdtemp(prefix="chatforge-")  # Ray's sockets live there: their paths must stay short
+    logs = "" if os.environ.get("RAY_ADDRESS") else f"{scratch}/session_latest/logs"
+    failed = False
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         config = _start_ray(config, scratch)
+        if logs:
+            say(f"logs, until the server ends: {logs}")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put one there that aborts
         _deploy(config)
         yield Server(f"{HOST}:{config.port}", {service: _device(scale) for service, scale in config.scales.items()})
+    except ServerStartError as error:
+        failed = True
+        where = f"the logs are kept in {logs}" if logs else "that cluster has the logs"
+        raise ServerStartError(f"{error}; {where}") from None
     finally:
         if os.environ.get("RAY_ADDRESS") and ray.is_initialized():
             serve.shutdown()
         ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not failed:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _start_ray(config: ServerConfig, scratch: str) -> ServerConfig:
@@ -215,17 +229,19 @@ def _deploy(config: ServerConfig) -> None:
     targets = [serve.RunTarget(app, name=name, route_prefix=f"/{name}") for name, app in applications(config).items()]
     try:
         serve.run_many(targets)
-    except RuntimeError as error:
-        raise _startup_error() or error from None
+    except RuntimeError:
+        raise _startup_error() from None
 
 
-def _startup_error() -> ServerConfigError | None:
-    """What a replica's constructor said of a folder, without the traceback around it."""
+def _startup_error() -> ServerConfigError | ServerStartError:
+    """What a replica's constructor said, of a folder or else, without the traceback around it."""
     from ray import serve
 
-    said = [d.message for app in serve.status().applications.values() for d in app.deployments.values()]
-    found = re.findall(r"^(?:ValueError|\S*ServerConfigError): (.+)$", "\n".join(said), re.MULTILINE)
-    return ServerConfigError(found[-1]) if found else None
+    said = "\n".join(d.message for app in serve.status().applications.values() for d in app.deployments.values())
+    if mistakes := re.findall(r"^(?:ValueError|\S*ServerConfigError): (.+)$", said, re.MULTILINE):
+        return ServerConfigError(mistakes[-1])
+    errors = re.findall(r"^\S*(?:Error|Exception)\b.*$", said, re.MULTILINE)
+    return ServerStartError(f"no replica could start: {errors[-1] if errors else 'Ray gives no reason'}")
 
 
 def _check_port(port: int) -> None:

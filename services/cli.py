@@ -13,11 +13,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from services import cli_bench, cli_jobs
-from services.cli_options import RecipeArgument, RunOption, RunsOption, SetOption, WorkersOption, read_recipe, show
+from services import cli_bench, cli_client, cli_jobs
+from services.address import DEFAULT_PORT
+from services.cli_options import (
+    JsonOption,
+    RecipeArgument,
+    RunOption,
+    RunsOption,
+    SetOption,
+    WorkersOption,
+    read_recipe,
+    show,
+    show_table,
+)
 
 RUNS = Path("runs")
-DEFAULT_SERVER = "127.0.0.1:9000"
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -44,7 +54,7 @@ class _Commands(TyperGroup):
             code = _exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"{'' if code == TERMINATED else 'error: '}{error}", err=True)
+            typer.echo(f"{'' if code == TERMINATED else 'error: '}{error}{_hint(error)}", err=True)
             raise typer.Exit(code) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -63,12 +73,20 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, StageInterrupted):
         return TERMINATED
-    if isinstance(error, StageCrashed):
+    from services.app import ServerStartError
+
+    if isinstance(error, (StageCrashed, ServerStartError)):
         return 1
     called = getattr(error, "code", None)  # services.client.CallError, which is not imported for this
     if called in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
         return 2
     return 1 if called else None
+
+
+def _hint(error: Exception) -> str:
+    """How to mend what gRPC says of a server that it could not reach."""
+    unreached = getattr(error, "code", None) == "UNAVAILABLE" and not getattr(error, "by_server", True)
+    return "; is `chatforge serve` running there? see --server" if unreached else ""
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -83,9 +101,25 @@ app = typer.Typer(
     help="Train your own ChatGPT, and serve it over gRPC.",
 )
 app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_client.app)
 app.add_typer(cli_jobs.app)
 
-ServerOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to talk to; https://HOST by TLS.")]
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("chatforge"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 # ---- training
@@ -131,16 +165,18 @@ def plan(
 
 @app.command()
 def runs(
-    name: Annotated[str | None, typer.Argument(help="One run, in detail.")] = None, runs: RunsOption = str(RUNS)
+    name: Annotated[str | None, typer.Argument(help="One run, in detail.")] = None,
+    runs: RunsOption = str(RUNS),
+    json: JsonOption = False,
 ) -> None:
     """What there is in runs/: stages, their state, their final metrics."""
     from services.listing import runs_table, stages_table
     from training.runs import describe_run, list_runs, run_folder
 
     if name:
-        show(stages_table(describe_run(run_folder(runs, name))))
+        show_table(stages_table, describe_run(run_folder(runs, name)), json)
     else:
-        show(runs_table(list_runs(runs)))
+        show_table(runs_table, list_runs(runs), json)
 
 
 @app.command()
@@ -224,7 +260,7 @@ def serve(
     ] = [],  # noqa: B006
     translation: Annotated[list[str], typer.Option(metavar="MODEL", help="The same, for models that translate.")] = [],  # noqa: B006
     image: Annotated[list[str], typer.Option(metavar="MODEL", help="The same, for models that draw.")] = [],  # noqa: B006
-    port: Annotated[int | None, typer.Option(help="Default: 9000.")] = None,
+    port: Annotated[int | None, typer.Option(help=f"Default: {DEFAULT_PORT}.")] = None,
 ) -> None:
     """Answer over gRPC until Ctrl-C."""
     from services.config import load_config
@@ -240,7 +276,7 @@ def serve(
     from services.app import running
 
     typer.echo(f"starting {', '.join(name for names in settings.services.values() for name in names)} ...")
-    with running(settings) as server:
+    with running(settings, typer.echo) as server:
         for service, device in server.devices.items():
             for name, served in settings.models[service].items():
                 typer.echo(f"  {name:<24} {served.folder}, on {device}")
@@ -253,141 +289,6 @@ def serve(
             if names:
                 typer.echo(f'  chatforge {command} --server {server.address} --model {names[0]} "{text}"')
         signal.pause()
-
-
-@app.command()
-def chat(
-    text: Annotated[list[str], typer.Argument(help="What to say; without it, a conversation (or stdin).")] = [],  # noqa: B006
-    server: ServerOption = DEFAULT_SERVER,
-    model: Annotated[str, typer.Option(help="Needed where the server has more than one.")] = "",
-    system: Annotated[str, typer.Option(help="How the model should behave.")] = "",
-    max_new_tokens: Annotated[int | None, typer.Option()] = None,
-    temperature: Annotated[float | None, typer.Option(help="0: the likeliest answer.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-) -> None:
-    """Talk to a model that a server serves."""
-    from services.client import Client
-    from services.console import Conversation, converse
-
-    knobs = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    with Client(server) as client:
-        conversation = Conversation(client, model, system, {k: v for k, v in knobs.items() if v is not None})
-        if text or not sys.stdin.isatty():
-            conversation.say(_typed(text) or sys.stdin.read().strip())
-        else:
-            converse(conversation)
-
-
-@app.command()
-def translate(
-    text: Annotated[
-        list[str], typer.Argument(help="What to translate; without it, --file, stdin or what you type.")
-    ] = [],  # noqa: B006
-    file: Annotated[Path | None, typer.Option(help="A document in UTF-8; its lines stay as they are.")] = None,
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="A BCP-47 tag, as de or pt-BR.")] = "",
-    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="The same.")] = "",
-    server: ServerOption = DEFAULT_SERVER,
-    model: Annotated[str, typer.Option(help="Instead of the languages; needed where they leave a choice.")] = "",
-    num_beams: Annotated[int | None, typer.Option(help="1: greedy.")] = None,
-    num_hypotheses: Annotated[
-        int | None, typer.Option(help="Above 1: as many translations, with their scores.")
-    ] = None,
-) -> None:
-    """Translate with a model that a server serves."""
-    from services.client import Client
-    from services.interpreter import Interpreter, read_document
-
-    if text and file:
-        raise ValueError("a text and --file are given; give one of them")
-    with Client(server) as client:
-        interpreter = Interpreter(
-            client, source=source, target=target, model=model, num_beams=num_beams, num_hypotheses=num_hypotheses
-        )
-        if not (text or file) and sys.stdin.isatty():
-            interpreter.converse()
-            return
-        said = _typed(text) if text else read_document(file)
-        if (num_hypotheses or 1) > 1:
-            interpreter.show_hypotheses(said)
-        else:
-            interpreter.translate(said)
-            typer.echo("", nl=bool(text))  # a document's end is its own
-
-
-@app.command()
-def draw(
-    prompt: Annotated[list[str], typer.Argument(help="What to draw.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Ends in .png, .jpg or .webp; several are numbered.")
-    ] = Path("drawing.png"),
-    n: Annotated[int, typer.Option("--n", help="How many images.")] = 1,
-    grid: Annotated[bool, typer.Option("--grid", help="All on one sheet.")] = False,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(help="From noise to picture.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt pulls; 1: off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first image; the next has the next.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, dpm++ or euler; default: the model's own.")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw this picture anew.")] = None,
-    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="Only where this one is white.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How far from the picture: above 0, to 1.")] = None,
-    source: Annotated[
-        str, typer.Option("--from", metavar="LANGUAGE", help="Of the prompt, which the server translates first.")
-    ] = "",
-    server: ServerOption = DEFAULT_SERVER,
-    model: Annotated[str, typer.Option(help="Needed where the server has more than one.")] = "",
-) -> None:
-    """Draw with a model that a server serves."""
-    from services.client import Client
-    from services.easel import Easel, in_english
-
-    if image is None and (mask or strength is not None):
-        raise ValueError(f"{'--mask' if mask else '--strength'}: needs --image, the picture that is drawn anew")
-    options: dict[str, Any] = {"num_images": n, "width": width, "height": height, "num_inference_steps": steps}
-    options |= {"guidance_scale": guidance_scale, "seed": seed, "sampler": sampler, "model": model}
-    with Client(server) as client:
-        easel = Easel(client, output, grid)
-        said = [_typed(prompt), negative_prompt]
-        if source:
-            said = in_english(client, said, source)
-            typer.echo(f"prompt: {said[0]}")
-        if image is None:
-            easel.draw(said[0], negative_prompt=said[1], **options)
-        else:
-            easel.edit(said[0], image, mask, strength, negative_prompt=said[1], **options)
-
-
-@app.command()
-def models(server: ServerOption = DEFAULT_SERVER) -> None:
-    """What a server serves."""
-    from services.client import Client
-    from services.listing import models_table
-
-    with Client(server, timeout=20) as client:
-        show(models_table(client.list_models()))
-
-
-@app.command()
-def health(server: ServerOption = DEFAULT_SERVER) -> None:
-    """SERVING (exit code 0) or NOT_SERVING (exit code 1)."""
-    from services.client import Client
-
-    with Client(server, timeout=5) as client:
-        status = client.health()
-    typer.echo(status)
-    raise typer.Exit(0 if status == "SERVING" else 1)
-
-
-def _typed(words: list[str]) -> str:
-    """Arguments as one text; raises ValueError where they are not UTF-8."""
-    text = " ".join(words)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text: not UTF-8 at character {error.start + 1}") from None
-    return text
 
 
 def _run_folder(run: str, runs: str, samples: bool = False) -> Path:

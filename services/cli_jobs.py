@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli_options import RecipeArgument, RunOption, SetOption, WorkersOption, read_recipe, show
+from services.cli_options import (
+    JsonOption,
+    RecipeArgument,
+    RunOption,
+    SetOption,
+    WorkersOption,
+    read_recipe,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from services.dashboard import Job
@@ -65,12 +73,12 @@ def submit(
 
 
 @app.command("jobs")
-def jobs_(address: AddressOption = None) -> None:
+def jobs_(address: AddressOption = None, json: JsonOption = False) -> None:
     """What was submitted to a Ray cluster, the oldest first."""
     from services.dashboard import dashboard_at
     from services.listing import jobs_table
 
-    show(jobs_table(dashboard_at(address).jobs()))
+    show_table(jobs_table, dashboard_at(address).jobs(), json)
 
 
 @app.command()

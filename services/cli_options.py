@@ -1,5 +1,8 @@
 """What several commands share: their arguments, how a recipe is read, how a table is shown."""
 
+import json
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +23,8 @@ RunsOption = Annotated[
     ),
 ]
 
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
 
 def read_recipe(recipe: str, changes: list[str], workers: str | None, run: str | None) -> "Recipe":
     """A recipe with what the command line changes in it; raises ConfigError."""
@@ -34,3 +39,11 @@ def show(renderable: Any) -> None:
     from rich.console import Console
 
     Console().print(renderable)
+
+
+def show_table(table: Callable[[Any], Any], value: Any, as_json: bool) -> None:
+    """What `table` makes of a value, or the value itself for programs."""
+    if as_json:
+        typer.echo(json.dumps(value, default=asdict, ensure_ascii=False, indent=2))
+    else:
+        show(table(value))

@@ -1,4 +1,4 @@
-"""The client of a ChatForge server, sync and async. Needs grpc, protobuf and chatforge.v1, nothing heavier.
+"""The client of a ChatForge server, sync and async. Needs grpc, protobuf, google.rpc and chatforge.v1.
 
     with Client("localhost:9000") as client:
         print(client.chat("What is the sea?", max_new_tokens=50).text)
@@ -37,7 +37,8 @@ from chatforge.v1 import (
     translation_pb2_grpc,
 )
 from services import replies
-from services.replies import ImageReply, LanguagePair, Messages, Reply, StepProgress, TranslationReply
+from services.address import DEFAULT_ADDRESS
+from services.replies import ImageReply, LanguagePair, Messages, ModelCard, Reply, StepProgress, TranslationReply
 from services.transport import (
     AsyncStream,
     Attempts,
@@ -57,12 +58,12 @@ __all__ = [
     "ImageReply",
     "LanguagePair",
     "Messages",
+    "ModelCard",
     "Reply",
     "StepProgress",
     "TranslationReply",
 ]
 
-DEFAULT_ADDRESS = "127.0.0.1:9000"
 _CHAT = (("application", "chat"),)  # Serve routes by it
 _TRANSLATION = (("application", "translation"),)
 _IMAGE = (("application", "image"),)
@@ -206,13 +207,16 @@ class Client(_Connection):
         request = replies.edit_image_request(prompt, negative_prompt, model, given, config)
         return replies.image_replies(self._unary(self._image.EditImage, request, _IMAGE, timeout))
 
-    def list_models(self, timeout: float | None = None) -> list[models_pb2.Model]:
+    def list_models(self, timeout: float | None = None) -> list[ModelCard]:
+        """Every model of the server, by name."""
         request = models_pb2.ListModelsRequest()
-        return list(self._unary(self._models.ListModels, request, _MODELS, timeout).models)
+        response = self._unary(self._models.ListModels, request, _MODELS, timeout)
+        return [replies.model_card(model) for model in response.models]
 
-    def get_model(self, name: str = "", timeout: float | None = None) -> models_pb2.Model:
+    def get_model(self, name: str = "", timeout: float | None = None) -> ModelCard:
+        """One model; an empty name means the only one there is."""
         request = models_pb2.GetModelRequest(name=name)
-        return self._unary(self._models.GetModel, request, _MODELS, timeout).model
+        return replies.model_card(self._unary(self._models.GetModel, request, _MODELS, timeout).model)
 
     def health(self, service: str = "", timeout: float | None = None) -> str:
         """SERVING or NOT_SERVING: of the whole server, or of one service such as chatforge.v1.ChatService."""
@@ -330,13 +334,14 @@ class AsyncClient(_Connection):
         request = replies.edit_image_request(prompt, negative_prompt, model, given, config)
         return replies.image_replies(await self._unary(self._image.EditImage, request, _IMAGE, timeout))
 
-    async def list_models(self, timeout: float | None = None) -> list[models_pb2.Model]:
+    async def list_models(self, timeout: float | None = None) -> list[ModelCard]:
         request = models_pb2.ListModelsRequest()
-        return list((await self._unary(self._models.ListModels, request, _MODELS, timeout)).models)
+        response = await self._unary(self._models.ListModels, request, _MODELS, timeout)
+        return [replies.model_card(model) for model in response.models]
 
-    async def get_model(self, name: str = "", timeout: float | None = None) -> models_pb2.Model:
+    async def get_model(self, name: str = "", timeout: float | None = None) -> ModelCard:
         request = models_pb2.GetModelRequest(name=name)
-        return (await self._unary(self._models.GetModel, request, _MODELS, timeout)).model
+        return replies.model_card((await self._unary(self._models.GetModel, request, _MODELS, timeout)).model)
 
     async def health(self, service: str = "", timeout: float | None = None) -> str:
         return _HEALTH[(await self._unary(self._health, StringValue(value=service), (), timeout)).value]

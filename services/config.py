@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from services.address import DEFAULT_PORT
 from services.folders import NAME, model_folder
 from services.strict import ServerConfigError, Strict, validated
 from serving.engine.api import MIN_CONTEXT_TOKENS
@@ -179,7 +180,7 @@ class ServerConfig(Strict):
     chat: dict[str, ChatModelConfig] = Field(default_factory=dict)
     translation: dict[str, TranslationModelConfig] = Field(default_factory=dict)
     image: dict[str, ImageModelConfig] = Field(default_factory=dict)
-    port: Annotated[int, Field(gt=0, lt=65536)] = 9000
+    port: Annotated[int, Field(gt=0, lt=65536)] = DEFAULT_PORT
     replicas: Positive = 1  # of each service: processes that each hold every model of it
     threads: Positive | None = None  # torch threads per replica; default: the machine's cores over all replicas
     gpus_per_replica: Gpus | None = None  # default: an equal part of the machine's GPUs, one at the most

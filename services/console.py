@@ -5,6 +5,7 @@ from typing import Any
 
 from services.client import CallError, Client
 
+CUT = "(cut: the answer has all of max_new_tokens, or fills the model's context)"
 HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
@@ -20,7 +21,10 @@ class Conversation:
         self._messages = list(self._opening)
 
     def say(self, text: str) -> None:
-        """Prints the answer while it comes. Raises CallError; Ctrl-C cancels the answer and passes through."""
+        """Prints the answer while it comes, and on stderr that it was cut, where it was.
+
+        Raises CallError; Ctrl-C cancels the answer and passes through.
+        """
         asked = [*self._messages, {"role": "user", "content": text}]
         with self._client.stream_chat(asked, model=self._model, **self._knobs) as stream:
             try:
@@ -29,6 +33,8 @@ class Conversation:
                     sys.stdout.flush()
             finally:
                 print(flush=True)
+        if stream.reply.finish_reason == "length":
+            print(CUT, file=sys.stderr)
         self._messages = [*asked, {"role": "assistant", "content": stream.reply.text}]
 
 

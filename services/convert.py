@@ -2,16 +2,17 @@
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from chatforge.v1 import chat_pb2, common_pb2, image_pb2, models_pb2, translation_pb2
 from services.errors import StatusError, invalid
+from services.names import FINISH_REASONS, FORMATS, KINDS, ROLES, SAMPLERS, by_number
 from services.pictures import Encoding, Format, preview
 from serving.engine.api import Chunk, SamplingParams, joined
-from serving.image.api import ImageParams, Progress, Sampler
+from serving.image.api import ImageParams, Progress
 from serving.translation.api import Hypothesis, Piece, Translation, TranslationParams
 
 if TYPE_CHECKING:
@@ -20,29 +21,14 @@ if TYPE_CHECKING:
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 
-_ROLES = {chat_pb2.ROLE_SYSTEM: "system", chat_pb2.ROLE_USER: "user", chat_pb2.ROLE_ASSISTANT: "assistant"}
-_REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
+_ROLES = by_number(ROLES)
+_SAMPLERS = by_number(SAMPLERS)
+_FORMATS = {number: cast(Format, name.upper()) for number, name in by_number(FORMATS).items()}  # as Pillow calls them
 _CHAT_KNOBS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
 _TRANSLATION_KNOBS = ("num_beams", "length_penalty", "num_hypotheses", "max_new_tokens")
 _IMAGE_KNOBS = ("num_inference_steps", "width", "height")
-_SAMPLERS: dict[int, Sampler] = {
-    image_pb2.SAMPLER_DDIM: "ddim",
-    image_pb2.SAMPLER_DPM_SOLVER_PP: "dpm++",
-    image_pb2.SAMPLER_EULER: "euler",
-}
-_FORMATS: dict[int, Format] = {
-    image_pb2.IMAGE_FORMAT_UNSPECIFIED: "PNG",
-    image_pb2.IMAGE_FORMAT_PNG: "PNG",
-    image_pb2.IMAGE_FORMAT_JPEG: "JPEG",
-    image_pb2.IMAGE_FORMAT_WEBP: "WEBP",
-}
-_KINDS = {
-    "causal-lm": models_pb2.MODEL_KIND_CAUSAL_LM,
-    "reward": models_pb2.MODEL_KIND_REWARD,
-    "translation": models_pb2.MODEL_KIND_TRANSLATION,
-    "text-to-image": models_pb2.MODEL_KIND_TEXT_TO_IMAGE,
-}
 
+_Name = TypeVar("_Name", bound=str)
 _Params = TypeVar("_Params", SamplingParams, TranslationParams, ImageParams)
 
 ChatMessage = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take them
@@ -51,8 +37,7 @@ ChatMessage = dict[str, str]  # {"role": ..., "content": ...}, as chat templates
 def chat_messages(messages: Sequence[chat_pb2.Message]) -> list[ChatMessage]:
     """Raises StatusError where the order of roles makes no conversation that a model can answer."""
     for i, message in enumerate(messages):
-        if message.role not in _ROLES:
-            raise invalid(f"messages[{i}].role", "is not set; use ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT")
+        _known(f"messages[{i}].role", message.role, _ROLES, chat_pb2.Role)
         if message.role == chat_pb2.ROLE_SYSTEM and i > 0:
             raise invalid(f"messages[{i}].role", "ROLE_SYSTEM can only be the first message")
         if message.role != chat_pb2.ROLE_ASSISTANT and not message.content.strip():
@@ -94,7 +79,7 @@ def image_params(config: image_pb2.ImageConfig, defaults: ImageParams, **changes
     if config.HasField("guidance_scale"):
         changes["guidance_scale"] = decimal(config.guidance_scale)
     if config.sampler != image_pb2.SAMPLER_UNSPECIFIED:
-        changes["sampler"] = _known("config.sampler", config.sampler, _SAMPLERS)
+        changes["sampler"] = _known("config.sampler", config.sampler, _SAMPLERS, image_pb2.Sampler)
     return _changed(defaults, changes)
 
 
@@ -105,7 +90,8 @@ def decimal(value: float) -> float:
 
 def image_encoding(config: image_pb2.ImageConfig) -> Encoding:
     """Raises StatusError naming the field."""
-    format = _known("config.format", config.format, _FORMATS)
+    wanted = config.format or image_pb2.IMAGE_FORMAT_PNG
+    format = _known("config.format", wanted, _FORMATS, image_pb2.ImageFormat)
     if not config.HasField("quality"):
         return Encoding(format)
     if format == "PNG":
@@ -126,10 +112,11 @@ def image_seeds(config: image_pb2.ImageConfig) -> tuple[int, ...]:
     return tuple(range(first, first + count))
 
 
-def _known(field: str, number: int, names: dict[int, Any]) -> Any:
+def _known(field: str, number: int, names: Mapping[int, _Name], enum: Any) -> _Name:
     """An enum's number as serving says it; a newer client may send one that is none of ours."""
     if number not in names:
-        raise invalid(field, f"{number} is not known here; there are: {', '.join(map(str, names))}")
+        said = f"{number} is not known here" if number else "is not set"
+        raise invalid(field, f"{said}; there are: {', '.join(map(enum.Name, names))}")
     return names[number]
 
 
@@ -150,7 +137,7 @@ def chat_response(request_id: str, model: str, chunks: Iterable[Chunk], prompt_t
         id=request_id,
         model=model,
         message=chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT, content=whole.text),
-        finish_reason=_REASONS[whole.finish_reason],
+        finish_reason=FINISH_REASONS[whole.finish_reason],
         usage=common_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(whole.token_ids)),
         seed=whole.seed,
         logprobs=_token_logprobs(whole),
@@ -163,7 +150,7 @@ def stream_chat_response(
     """One message of a stream; `usage` is (prompt, completion) tokens so far, told on the last message alone."""
     message = chat_pb2.StreamChatResponse(id=request_id, model=model, delta=chunk.text, logprobs=_token_logprobs(chunk))
     if chunk.finish_reason is not None:
-        message.finish_reason = _REASONS[chunk.finish_reason]
+        message.finish_reason = FINISH_REASONS[chunk.finish_reason]
         message.usage.prompt_tokens, message.usage.completion_tokens = usage
         message.seed = chunk.seed
     return message
@@ -209,14 +196,14 @@ def last_stream_translate_response(
     """The last message of a stream, after those of all `pieces`: it tells what is true of the whole."""
     message = stream_translate_response(request_id, model, languages, "")
     cut = any(piece.finish_reason == "length" for piece in pieces)
-    message.finish_reason = _REASONS["length" if cut else "stop"]
+    message.finish_reason = FINISH_REASONS["length" if cut else "stop"]
     message.usage.CopyFrom(_usage(pieces))
     return message
 
 
 def _hypothesis(hypothesis: Hypothesis) -> translation_pb2.Hypothesis:
     return translation_pb2.Hypothesis(
-        text=hypothesis.text, score=hypothesis.score, finish_reason=_REASONS[hypothesis.finish_reason]
+        text=hypothesis.text, score=hypothesis.score, finish_reason=FINISH_REASONS[hypothesis.finish_reason]
     )
 
 
@@ -244,7 +231,7 @@ def model_proto(name: str, info: "ModelInfo", limits: dict[str, int]) -> models_
     lineage = {key: str(info.manifest[key]) for key in ("run", "stage", "source") if info.manifest.get(key)}
     return models_pb2.Model(
         name=name,
-        kind=_KINDS[info.kind],
+        kind=KINDS[info.kind],
         revision=info.revision,
         limits=models_pb2.ModelLimits(**limits),
         lineage=models_pb2.ModelLineage(**lineage),

@@ -2,14 +2,15 @@
 
 Serve delivers a status, trailing metadata included, only with a message: so a method that fails sets code, details
 and metadata, and then answers with one empty message (a stream too), which a client never sees as an answer, since the
-status is not OK. What we did not foresee becomes INTERNAL with the request's id: the log has the rest.
+status is not OK. What we did not foresee becomes INTERNAL with the request's id: the log has the rest. Serve takes such
+a call for one that went well, so we count it ourselves.
 """
 
 import functools
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 from google.protobuf.duration_pb2 import Duration
@@ -18,9 +19,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+from services.metrics import count_error
+from services.transport import DETAILS_KEY
 from serving.api import EngineClosed, QueueFull
 
-DETAILS_KEY = "grpc-status-details-bin"
 RETRY_AFTER_S = 1
 
 logger = logging.getLogger("ray.serve")  # its records go to the replica's own log file
@@ -81,7 +83,7 @@ def status_proto(error: StatusError, request_id: str) -> Status:
 
 
 def send(error: StatusError, context: Any, request_id: str) -> None:
-    """Puts the error on the call."""
+    """Puts the error on the call; the request's id is there already, and Serve keeps it."""
     context.set_code(error.code)
     context.set_details(error.text)
     context.set_trailing_metadata([(DETAILS_KEY, status_proto(error, request_id).SerializeToString())])
@@ -89,8 +91,9 @@ def send(error: StatusError, context: Any, request_id: str) -> None:
 
 async def refuse(error: StatusError, context: Any) -> NoReturn:
     """Ends a call that the proxy takes no further; `context` is grpc's own."""
-    details = status_proto(error, str(uuid.uuid4())).SerializeToString()
-    await context.abort(error.code, error.text, ((DETAILS_KEY, details),))
+    request_id = str(uuid.uuid4())
+    details = status_proto(error, request_id).SerializeToString()
+    await context.abort(error.code, error.text, (("request_id", request_id), (DETAILS_KEY, details)))
     raise AssertionError("abort raises")
 
 
@@ -112,29 +115,35 @@ def answers(response: Callable[[], Message]) -> Callable[[Any], Any]:
     return decorate
 
 
-def _unary(method: Callable[..., Awaitable[Message]], response: Callable[[], Message]) -> Any:
+def _unary(method: Any, response: Callable[[], Message]) -> Any:
     async def call(self: Any, request: Message, grpc_context: Any) -> Message:
         request_id = request_id_of(grpc_context)
         try:
             return await method(self, request, grpc_context, request_id)
         except Exception as error:
-            send(as_status_error(error, request_id), grpc_context, request_id)
+            _tell(error, grpc_context, request_id, method.__name__)
             return response()
 
     return _named(call, method)
 
 
-def _stream(method: Callable[..., AsyncIterator[Message]], response: Callable[[], Message]) -> Any:
+def _stream(method: Any, response: Callable[[], Message]) -> Any:
     async def call(self: Any, request: Message, grpc_context: Any) -> AsyncIterator[Message]:
         request_id = request_id_of(grpc_context)
         try:
             async for message in method(self, request, grpc_context, request_id):
                 yield message
         except Exception as error:
-            send(as_status_error(error, request_id), grpc_context, request_id)
+            _tell(error, grpc_context, request_id, method.__name__)
             yield response()
 
     return _named(call, method)
+
+
+def _tell(failure: Exception, context: Any, request_id: str, method: str) -> None:
+    error = as_status_error(failure, request_id)
+    count_error(method, error.code.name)
+    send(error, context, request_id)
 
 
 def _named(call: Any, method: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.state import State, application_state
+from services.state import State, application_states
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 _WATCH_PERIOD_S = 1.0
@@ -43,8 +43,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         if service and service not in self._applications:
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         asked = [self._applications[service]] if service else self._applications.values()
-        states = await asyncio.gather(*(application_state(name) for name in asked))
-        ready = all(state is State.READY for state in states)
+        ready = all(state is State.READY for state in (await application_states(asked)).values())
         return health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
 
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chatforge.v1 import models_pb2
 from services.client import CallError, Client
 
 PART_CHARACTERS = 16_000  # of a document, in one call; less where the server allows less
+CUT = "(cut: a sentence has all of max_new_tokens)"
 HELP = "Every line is translated; Ctrl-D leaves, Ctrl-C stops a translation."
 
 
@@ -21,29 +21,40 @@ class Interpreter:
         """`options` are those of Client.stream_translate."""
         self._client, self._options = client, options
 
-    def translate(self, text: str) -> None:
-        """Prints the translation of a text of any length while it comes, and nothing else. Raises CallError."""
+    def translate(self, text: str, end: str = "") -> None:
+        """Prints the translation of a text of any length while it comes, then `end`, and nothing else.
+
+        That a sentence was cut is said on stderr. Raises CallError.
+        """
+        cut = False
         for part in parts(text, self._part_characters if "\n" in text else PART_CHARACTERS):
             with self._client.stream_translate(part, **self._options) as stream:
                 for piece in stream:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
+                cut |= stream.reply.finish_reason == "length"
+        print(end=end, flush=True)
+        if cut:
+            print(CUT, file=sys.stderr)
 
     @cached_property
     def _part_characters(self) -> int:
         """What one call may hold, by every model that could be the one: the languages choose it on the server."""
         name = self._options.get("model")
         allowed = [
-            model.limits.max_characters
+            model.limits.get("max_characters", PART_CHARACTERS)  # a model that is still loading tells no limit
             for model in self._client.list_models()
-            if model.kind == models_pb2.MODEL_KIND_TRANSLATION and name in (None, "", model.name)
+            if model.kind == "translation" and name in (None, "", model.name)
         ]
-        return min([PART_CHARACTERS, *filter(None, allowed)])  # a model that is still loading tells no limit
+        return min([PART_CHARACTERS, *allowed])
 
     def show_hypotheses(self, text: str) -> None:
         """Prints every translation of a text, best first, with its score. Raises CallError."""
-        for hypothesis in self._client.translate(text, **self._options).hypotheses:
-            print(f"{hypothesis.score:.3f}\t{hypothesis.text}")
+        reply = self._client.translate(text, **self._options)
+        for hypothesis in reply.hypotheses:
+            print(f"{hypothesis.score:.3f}\t{hypothesis.text}", flush=True)
+        if any(hypothesis.finish_reason == "length" for hypothesis in reply.hypotheses):
+            print(CUT, file=sys.stderr)
 
     def converse(self) -> None:
         """Translates what is typed until the end of the input."""
@@ -61,8 +72,7 @@ class Interpreter:
 
     def _answer(self, line: str) -> None:
         try:
-            self.translate(line)
-            print()
+            self.translate(line, end="\n")
         except CallError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:

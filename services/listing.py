@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from chatforge.v1 import models_pb2
 from services.dashboard import Job
+from services.replies import ModelCard
 
 
 def runs_table(runs: Iterable[dict[str, Any]]) -> Table:
@@ -35,17 +35,13 @@ def stages_table(run: dict[str, Any]) -> Table:
     return table
 
 
-def models_table(models: Iterable[models_pb2.Model]) -> Table:
+def models_table(models: Iterable[ModelCard]) -> Table:
     table = Table("model", "state", "kind", "revision", "context", "from", box=None)
     for model in models:
-        lineage = model.lineage
-        made = f"run {lineage.run}, {lineage.stage}" if lineage.run else lineage.source
-        state = models_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_")
-        kind = models_pb2.ModelKind.Name(model.kind).removeprefix("MODEL_KIND_").lower().replace("_", "-")
-        if model.source_language:
-            kind += f", {model.source_language} to {model.target_language}"
-        context = str(model.limits.context_tokens or "")
-        table.add_row(model.name, state.lower(), kind, model.revision, context, made)
+        made = f"run {model.run}, {model.stage}" if model.run else model.source
+        languages = f", {model.source_language} to {model.target_language}" if model.source_language else ""
+        context = str(model.limits.get("context_tokens", ""))
+        table.add_row(model.name, model.state, model.kind + languages, model.revision, context, made)
     return table
 
 

@@ -1,5 +1,6 @@
 """Metrics under the names that vLLM's users know, in seconds, tokens and images, through Ray to Prometheus."""
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import TypeVar
@@ -108,6 +109,17 @@ class RequestTimes:
             self._metrics.next_token.observe(now - self._last)
         self._metrics.generation_tokens.inc(len(chunk.token_ids))
         self._last, self._first = now, False
+
+
+def count_error(method: str, code: str) -> None:
+    """A call that ended with an error of ours; `method` is the RPC's name, `code` gRPC's."""
+    _errors().inc(tags={"method": method, "code": code})
+
+
+@functools.cache
+def _errors() -> Counter:
+    """Made where it is first needed, in a replica: Ray adds the tags of the process that makes it."""
+    return Counter("request_errors", "Calls that ended with an error of ours", ("method", "code"))
 
 
 def _tagged(metric: _Metric, model: str) -> _Metric:

@@ -20,8 +20,9 @@ from chatforge.v1.chat_pb2_grpc import add_ChatServiceServicer_to_server
 from chatforge.v1.image_pb2_grpc import add_ImageServiceServicer_to_server
 from chatforge.v1.models_pb2_grpc import add_ModelServiceServicer_to_server
 from chatforge.v1.translation_pb2_grpc import add_TranslationServiceServicer_to_server
-from services.errors import DETAILS_KEY, StatusError, overloaded, refuse, send, unavailable
+from services.errors import StatusError, overloaded, refuse, send, unavailable
 from services.health import HEALTH_SERVICE, add_health_servicer
+from services.transport import DETAILS_KEY
 
 # Which application serves which service; a grpc.health.v1 client asks by these names too.
 APPLICATIONS = {
@@ -207,7 +208,9 @@ class _Call:
         self._details = details
 
     def set_trailing_metadata(self, metadata: Any) -> None:
-        self._trailing = tuple(metadata)
+        """The request's id stays, as in the context that a replica has."""
+        known = [pair for pair in self._trailing if pair[0] == "request_id"]
+        self._trailing = (*known, *(pair for pair in metadata if pair not in known))
 
 
 def conceal(context: Any) -> None:

@@ -1,30 +1,20 @@
 """What a client sends and gets, as Python says it and as the protos do."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from chatforge.v1 import chat_pb2, common_pb2, image_pb2, translation_pb2
-from services.transport import MAX_MESSAGE_BYTES
+from chatforge.v1 import chat_pb2, common_pb2, image_pb2, models_pb2, translation_pb2
+from services.names import FINISH_REASONS, FORMATS, KINDS, ROLES, SAMPLERS, STATES, FinishReason, by_number
 
 Messages = str | Sequence[Mapping[str, str]]  # one user message, or [{"role": "user", "content": "..."}, ...]
-FinishReason = Literal["stop", "length"]
 
-_ROLES = {"system": chat_pb2.ROLE_SYSTEM, "user": chat_pb2.ROLE_USER, "assistant": chat_pb2.ROLE_ASSISTANT}
-_REASONS: dict[int, FinishReason] = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
-_SAMPLERS = {
-    "ddim": image_pb2.SAMPLER_DDIM,
-    "dpm++": image_pb2.SAMPLER_DPM_SOLVER_PP,
-    "euler": image_pb2.SAMPLER_EULER,
-}
-_FORMATS = {
-    "png": image_pb2.IMAGE_FORMAT_PNG,
-    "jpeg": image_pb2.IMAGE_FORMAT_JPEG,
-    "webp": image_pb2.IMAGE_FORMAT_WEBP,
-}
+_REASONS = by_number(FINISH_REASONS)
+_KINDS = by_number(KINDS)
+_STATES = by_number(STATES)
 _Config = TypeVar("_Config", bound=Message)
 _ChatRequest = TypeVar("_ChatRequest", chat_pb2.ChatRequest, chat_pb2.StreamChatRequest)
 _Images = image_pb2.GenerateImageResponse | image_pb2.EditImageResponse
@@ -75,6 +65,22 @@ class LanguagePair:
     source_language: str
     target_language: str
     models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a server says of one of its models."""
+
+    name: str  # that requests call it by
+    kind: str = ""  # causal-lm, reward, translation or text-to-image; empty while it is not known
+    state: str = ""  # loading, ready or failed
+    revision: str = ""  # a hash of its folder's content
+    limits: dict[str, int] = field(default_factory=dict)  # of a request: max_new_tokens, ...; none while it loads
+    run: str = ""  # that trained it, and its stage there
+    stage: str = ""
+    source: str = ""  # of a model that was not trained here
+    source_language: str = ""  # BCP-47, of translation models alone
+    target_language: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,10 +174,6 @@ def edit_image_request(
     prompt: str, negative_prompt: str, model: str, given: dict[str, Any], config: dict[str, Any]
 ) -> image_pb2.EditImageRequest:
     """`given` has the image, its mask and the strength. Raises ValueError as `chat_request` does."""
-    size = sum(len(given[field] or b"") for field in ("image", "mask"))
-    if size > MAX_MESSAGE_BYTES:
-        limit = f"a message's {MAX_MESSAGE_BYTES}"
-        raise ValueError(f"image: {size} bytes, mask included, are more than {limit}; send a smaller one")
     return image_pb2.EditImageRequest(
         model=model, prompt=prompt, negative_prompt=negative_prompt, config=_image_config(config), **given
     )
@@ -179,25 +181,25 @@ def edit_image_request(
 
 def _image_config(config: dict[str, Any]) -> image_pb2.ImageConfig:
     """Sampler and format are said by name: "ddim", "png"."""
-    names: dict[str, dict[str, Any]] = {"sampler": _SAMPLERS, "format": _FORMATS}
-    for field, known in names.items():
-        if (name := config.get(field)) is not None and name not in known:
-            raise ValueError(f"{field}: {name!r} is none of {', '.join(known)}")
-    said = {field: names[field][value] for field, value in config.items() if field in names and value is not None}
+    names: dict[str, dict[str, Any]] = {"sampler": SAMPLERS, "format": FORMATS}
+    for knob, known in names.items():
+        if (name := config.get(knob)) is not None and name not in known:
+            raise ValueError(f"{knob}: {name!r} is none of {', '.join(known)}")
+    said = {knob: names[knob][value] for knob, value in config.items() if knob in names and value is not None}
     return _config(image_pb2.ImageConfig, config | said)
 
 
 def _config(kind: type[_Config], config: dict[str, Any]) -> _Config:
-    known = [field.name for field in kind.DESCRIPTOR.fields]
+    known = [knob.name for knob in kind.DESCRIPTOR.fields]
     if unknown := [name for name in config if name not in known]:
         raise ValueError(f"{unknown[0]}: no such field of {kind.DESCRIPTOR.name}; there are: {', '.join(known)}")
     return kind(**{name: value for name, value in config.items() if value is not None})
 
 
 def _message(turn: Mapping[str, str]) -> chat_pb2.Message:
-    if turn.get("role") not in _ROLES or "content" not in turn:
-        raise ValueError(f"messages: {dict(turn)!r} must have a content, and a role out of {', '.join(_ROLES)}")
-    return chat_pb2.Message(role=_ROLES[turn["role"]], content=turn["content"])
+    if turn.get("role") not in ROLES or "content" not in turn:
+        raise ValueError(f"messages: {dict(turn)!r} must have a content, and a role out of {', '.join(ROLES)}")
+    return chat_pb2.Message(role=ROLES[turn["role"]], content=turn["content"])
 
 
 def chat_reply(response: chat_pb2.ChatResponse) -> Reply:
@@ -266,6 +268,21 @@ def streamed_translation_reply(messages: Sequence[translation_pb2.StreamTranslat
 
 def language_pairs(response: translation_pb2.ListLanguagesResponse) -> list[LanguagePair]:
     return [LanguagePair(pair.source_language, pair.target_language, tuple(pair.models)) for pair in response.pairs]
+
+
+def model_card(model: models_pb2.Model) -> ModelCard:
+    return ModelCard(
+        name=model.name,
+        kind=_KINDS.get(model.kind, ""),
+        state=_STATES.get(model.state, ""),
+        revision=model.revision,
+        limits={limit.name: value for limit, value in model.limits.ListFields()},
+        run=model.lineage.run,
+        stage=model.lineage.stage,
+        source=model.lineage.source,
+        source_language=model.source_language,
+        target_language=model.target_language,
+    )
 
 
 def delta(message: Any) -> str | None:

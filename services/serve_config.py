@@ -31,6 +31,7 @@ there, nor do proxy_location, http_options and logging_config, and services that
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from services.address import DEFAULT_PORT
 from services.config import SERVICE_ARGS, ModelsArgs, Scale, Service
 from services.strict import ServerConfigError, Strict, nearest, validated
 
@@ -43,7 +44,7 @@ class _Http(Strict):
 
 
 class _Grpc(Strict):
-    port: int = 9000
+    port: int = DEFAULT_PORT
     request_timeout_s: float  # Serve would let a request without one hold its place for ever
     grpc_servicer_functions: list[str]
 

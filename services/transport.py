@@ -1,8 +1,9 @@
 """How a client's calls travel: tries, pauses, deadlines, cancellation, and the errors that come back. Knows no service.
 
-A call that failed before anything was delivered is tried again where the server could not take it (UNAVAILABLE,
-RESOURCE_EXHAUSTED), with growing pauses, inside the call's timeout. Everything else raises CallError at once. Where a
-name has several addresses, calls go round them, and so does a call that is tried again.
+A call that failed before anything was delivered is tried again where the server could not take it (UNAVAILABLE, or
+RESOURCE_EXHAUSTED by its own word), never sooner than it asks for, with growing pauses, inside the call's timeout.
+Everything else raises CallError at once. Where a name has several addresses, calls go round them, and so does a call
+that is tried again.
 """
 
 import asyncio
@@ -12,7 +13,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, 
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.status_pb2 import Status
 
+from services.address import target_of
+
+DETAILS_KEY = "grpc-status-details-bin"  # of the metadata that comes with a status of ours, and none of gRPC's own
 MAX_MESSAGE_BYTES = 4 << 20  # of anything that goes over the network, either way
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # connections of one's own, which no other client can spoil
@@ -21,7 +28,6 @@ CHANNEL_OPTIONS = (
     ("grpc.dns_min_time_between_resolutions_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 5000),
 )
-_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _FIRST_PAUSE_S = 0.2
 
 _Piece = TypeVar("_Piece")
@@ -30,25 +36,37 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def connect(address: str, grpc_: Any = grpc) -> Any:
-    """A channel of `grpc`, or of `grpc.aio`.
+    """A channel of `grpc`, or of `grpc.aio`. Raises ValueError for an address that is none.
 
     HOST:PORT goes in plain text; https://HOST, or with a port, by TLS, whose roots are gRPC's own or those in the file
     that GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names.
     """
-    secure = address.removeprefix("https://").rstrip("/")
-    if not address.startswith("https://"):
-        return grpc_.insecure_channel(address, CHANNEL_OPTIONS)
-    target = secure if ":" in secure else f"{secure}:443"
+    target, secure = target_of(address)
+    if not secure:
+        return grpc_.insecure_channel(target, CHANNEL_OPTIONS)
     return grpc_.secure_channel(target, grpc.ssl_channel_credentials(), CHANNEL_OPTIONS)
 
 
 class CallError(RuntimeError):
-    """A call that failed. `code` is gRPC's name for it (INVALID_ARGUMENT, ...), `details` says what to change."""
+    """A call that failed. `code` is gRPC's name for it (INVALID_ARGUMENT, ...), `details` says what to change.
 
-    def __init__(self, code: grpc.StatusCode, details: str, request_id: str = "") -> None:
+    `field` is the request's field that is wrong, where one is; `request_id` is in the server's log. `by_server` tells
+    a server's own word from what gRPC makes of a call that reached none.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, request_id: str = "", status: Status | None = None) -> None:
         super().__init__(f"{code.name}: {details}")
         self.code, self.details, self.request_id = code.name, details, request_id
-        self.retryable = code in _RETRYABLE
+        self.by_server = status is not None
+        bad, retry = BadRequest(), RetryInfo()
+        for detail in status.details if status else ():
+            detail.Unpack(bad)
+            detail.Unpack(retry)
+        self.field = bad.field_violations[0].field if bad.field_violations else ""
+        self.retry_after_s: float = retry.retry_delay.ToTimedelta().total_seconds()
+        # gRPC's own RESOURCE_EXHAUSTED is a message above its limit, which stays so.
+        exhausted = code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.by_server
+        self.retryable = exhausted or code is grpc.StatusCode.UNAVAILABLE
 
 
 class Attempts:
@@ -65,7 +83,8 @@ class Attempts:
     def pause_after(self, error: grpc.RpcError, *, delivered: bool = False) -> float:
         """Seconds until the next try. Raises CallError where there is none."""
         failure = _call_error(error)
-        pause = self._pause * random.uniform(0.5, 1.5)  # so that those who were refused together do not return together
+        # So that those who were refused together do not return together.
+        pause = failure.retry_after_s + self._pause * random.uniform(0.5, 1.5)
         if delivered or not failure.retryable or not self._retries or pause > self.remaining():
             raise failure from None
         self._retries -= 1
@@ -73,8 +92,9 @@ class Attempts:
         return pause
 
 
-def unary(call: Any, request: Any, metadata: Metadata, attempts: Attempts) -> Any:
-    """The response. Raises CallError."""
+def unary(call: Any, request: Message, metadata: Metadata, attempts: Attempts) -> Any:
+    """The response. Raises CallError, and ValueError for a request that is too large."""
+    _check_size(request)
     while True:
         try:
             return call(request, timeout=attempts.remaining(), metadata=metadata)
@@ -82,8 +102,9 @@ def unary(call: Any, request: Any, metadata: Metadata, attempts: Attempts) -> An
             time.sleep(attempts.pause_after(error))
 
 
-async def async_unary(call: Any, request: Any, metadata: Metadata, attempts: Attempts) -> Any:
-    """The response. Raises CallError."""
+async def async_unary(call: Any, request: Message, metadata: Metadata, attempts: Attempts) -> Any:
+    """As `unary`."""
+    _check_size(request)
     while True:
         try:
             return await call(request, timeout=attempts.remaining(), metadata=metadata)
@@ -128,8 +149,9 @@ class Stream(Generic[_Piece, _Reply]):
     """Iterates over the pieces of an answer; once it has ended, `reply` is the whole of it."""
 
     def __init__(
-        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, _Reply]
+        self, call: Any, request: Message, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, _Reply]
     ) -> None:
+        _check_size(request)
         self._collected = collected
         self._pieces = _pieces(call, request, metadata, attempts, collected)
 
@@ -158,7 +180,7 @@ class Stream(Generic[_Piece, _Reply]):
 # No method of Stream: it would refer to the stream that refers to it, and a loop that is left would cancel its call
 # only when the garbage collector comes by.
 def _pieces(
-    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, Any]
+    open_call: Any, request: Message, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, Any]
 ) -> Generator[_Piece, None, None]:
     while True:
         call = open_call(request, timeout=attempts.remaining(), metadata=metadata)
@@ -178,8 +200,9 @@ class AsyncStream(Generic[_Piece, _Reply]):
     """`Stream` for asyncio."""
 
     def __init__(
-        self, call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, _Reply]
+        self, call: Any, request: Message, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, _Reply]
     ) -> None:
+        _check_size(request)
         self._collected = collected
         self._pieces = _async_pieces(call, request, metadata, attempts, collected)
 
@@ -203,7 +226,7 @@ class AsyncStream(Generic[_Piece, _Reply]):
 
 
 async def _async_pieces(
-    open_call: Any, request: Any, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, Any]
+    open_call: Any, request: Message, metadata: Metadata, attempts: Attempts, collected: Collected[_Piece, Any]
 ) -> AsyncGenerator[_Piece, None]:
     while True:
         call = open_call(request, timeout=attempts.remaining(), metadata=metadata)
@@ -219,7 +242,14 @@ async def _async_pieces(
         await asyncio.sleep(pause)
 
 
+def _check_size(request: Message) -> None:
+    """gRPC would say RESOURCE_EXHAUSTED, as of a server that is busy."""
+    if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"request: {size} bytes, above {MAX_MESSAGE_BYTES}; send less at once")
+
+
 def _call_error(error: Any) -> CallError:
     """`error` is what grpc raises in either kind of client."""
     metadata = dict(error.trailing_metadata() or ())
-    return CallError(error.code(), error.details() or "", str(metadata.get("request_id", "")))
+    status = Status.FromString(metadata[DETAILS_KEY]) if DETAILS_KEY in metadata else None
+    return CallError(error.code(), error.details() or "", str(metadata.get("request_id", "")), status)

@@ -1,7 +1,9 @@
 """The command line, frozen: a new command or flag is a decision, made here."""
 
+import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,27 @@ COMMANDS = {
     "demo": "",
     "train": "recipe --stage --set --workers --run --runs",
     "plan": "recipe --set --workers --run --runs",
-    "runs": "name --runs",
+    "runs": "name --runs --json",
     "report": "run --runs",
     "rank": "run --runs",
     "evaluate": "model data --from --to --runs",
     "import": "file out",
     "serve": "config --chat --translation --image --port",
-    "chat": "text --server --model --system --max-new-tokens --temperature --top-p --seed",
-    "translate": "text --file --from --to --server --model --num-beams --num-hypotheses",
+    "chat": (
+        "text --server --model --system --max-new-tokens --temperature --top-p --top-k --repetition-penalty --stop "
+        "--seed"
+    ),
+    "translate": (
+        "text --file --from --to --server --model --num-beams --num-hypotheses --length-penalty --max-new-tokens"
+    ),
     "draw": (
         "prompt --output --n --grid --width --height --steps --guidance-scale --seed --sampler --negative-prompt "
         "--image --mask --strength --from --server --model"
     ),
-    "models": "--server",
+    "models": "--server --json",
     "health": "--server",
     "submit": "recipe --address --set --workers --run --stage --runs --retries --detach",
-    "jobs": "--address",
+    "jobs": "--address --json",
     "logs": "name --address --follow",
     "stop": "name --address",
     "bench serve": "model",
@@ -52,6 +59,29 @@ def _commands(group: Any, prefix: str = "") -> Any:
         else:
             said = (p.opts[0] if p.param_type_name == "option" else p.name for p in command.params)
             yield prefix + name, " ".join(said)
+
+
+def test_the_version_is_told(tmp_path: Path) -> None:
+    assert run_command(["--version"], tmp_path).stdout == f"{version('chatforge')}\n"
+
+
+def test_runs_are_told_as_json_too(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").write_text('{"sft": {"chats": []}}', "utf-8")
+    mine = {"name": "mine", "recipe": {"sft": {"chats": []}}, "stages": {}}
+    assert json.loads(run_command(["runs", "--json"], tmp_path).stdout) == [mine]
+    assert json.loads(run_command(["runs", "mine", "--json"], tmp_path).stdout) == mine
+
+
+def test_the_environment_may_name_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATFORGE_SERVER", "localhost")
+    assert "address='localhost'" in run_command(["models"], tmp_path).stderr
+
+
+def test_a_chat_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "services.cli", "chat"]
+    told = subprocess.run(command, input=b"abc\xff", cwd=tmp_path, env=environment(), capture_output=True)
+    assert (told.returncode, told.stderr) == (2, b"error: stdin: not UTF-8: byte 3 is 0xff\n")
 
 
 def test_every_command_has_a_help_line() -> None:
@@ -94,6 +124,10 @@ MISTAKES = {
     "nothing to evaluate on": (["evaluate", "nowhere"], "name data to measure it on"),
     "no run there": (["evaluate", "nowhere", "--runs", "there"], "evaluate nowhere: no run of that name in there; for"),
     "a text that is not UTF-8": (["translate", "ab\udcff"], "text: not UTF-8 at character 3"),
+    "no address": (
+        ["chat", "--server", "localhost", "hi"],
+        "address='localhost': write HOST:PORT, or https://HOST",
+    ),
     "one name for two": (
         ["serve", "--translation", "a=b", "--translation", "a=c"],
         "--translation: 'a' is given twice; give one another name: NAME=c",
@@ -136,6 +170,7 @@ def test_a_package_that_is_missing_is_named_with_how_to_get_it(tmp_path: Path) -
 def test_a_server_that_is_not_there_exits_1(tmp_path: Path) -> None:
     told = run_command(["chat", "--server", "127.0.0.1:1", "hi"], tmp_path)
     assert told.returncode == 1 and told.stderr.startswith("error: UNAVAILABLE: ") and told.stderr.count("\n") == 1
+    assert told.stderr.endswith("; is `chatforge serve` running there? see --server\n")
 
 
 def test_the_plan_of_a_shipped_recipe_is_printed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.status_pb2 import Status
 from services_world import environment
 
 from chatforge.v1 import (
@@ -23,7 +27,9 @@ from chatforge.v1 import (
     translation_pb2,
     translation_pb2_grpc,
 )
+from services.address import target_of
 from services.client import AsyncClient, CallError, Client, ImageReply, LanguagePair, StepProgress
+from services.transport import DETAILS_KEY, connect
 
 UNAVAILABLE, EXHAUSTED, INTERNAL = (
     getattr(grpc.StatusCode, name) for name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL")
@@ -43,6 +49,7 @@ class Scripted(
 
     def __init__(self) -> None:
         self.errors: list[grpc.StatusCode] = []
+        self.status: Status | None = Status()  # that comes along, as with every error of our servers
         self.delivered = 0
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
@@ -51,7 +58,7 @@ class Scripted(
     def Chat(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         if self.errors:
-            context.abort(self.errors.pop(0), "said the script")
+            self._fail(context)
         return chat_pb2.ChatResponse(
             id="r", model="m", message=chat_pb2.Message(content="hello"), finish_reason=common_pb2.FINISH_REASON_STOP
         )
@@ -63,7 +70,7 @@ class Scripted(
             yield chat_pb2.StreamChatResponse(id="r", model="m", delta="he")
         if self.errors:
             yield chat_pb2.StreamChatResponse()  # the empty message that comes with a status
-            context.abort(self.errors.pop(0), "said the script")
+            self._fail(context)
         if request.model == "endless":
             yield chat_pb2.StreamChatResponse(id="r", model="m", delta="he")
             self.cancelled.wait(30)
@@ -73,7 +80,7 @@ class Scripted(
     def Translate(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         if self.errors:
-            context.abort(self.errors.pop(0), "said the script")
+            self._fail(context)
         hypotheses = [
             translation_pb2.Hypothesis(text=text, score=-0.5, finish_reason=common_pb2.FINISH_REASON_LENGTH)
             for text in ("best", "next")
@@ -91,7 +98,7 @@ class Scripted(
         context.add_callback(self.cancelled.set)
         if self.errors:
             yield translation_pb2.StreamTranslateResponse()
-            context.abort(self.errors.pop(0), "said the script")
+            self._fail(context)
         yield translation_pb2.StreamTranslateResponse(id="r", model="m", delta="One. ")
         if request.model == "endless":
             self.cancelled.wait(30)
@@ -107,7 +114,7 @@ class Scripted(
     def GenerateImage(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         if self.errors:
-            context.abort(self.errors.pop(0), "said the script")
+            self._fail(context)
         return image_pb2.GenerateImageResponse(id="r", model="m", images=IMAGES)
 
     def StreamGenerateImage(self, request: Any, context: Any) -> Iterator[Any]:
@@ -115,7 +122,7 @@ class Scripted(
         context.add_callback(self.cancelled.set)
         if self.errors:
             yield image_pb2.StreamGenerateImageResponse()
-            context.abort(self.errors.pop(0), "said the script")
+            self._fail(context)
         progress = image_pb2.StepProgress(step=1, total=2, previews=[image_pb2.Image(data=b"small")])
         yield image_pb2.StreamGenerateImageResponse(id="r", model="m", progress=progress)
         if request.model == "endless":
@@ -126,6 +133,11 @@ class Scripted(
     def EditImage(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         return image_pb2.EditImageResponse(id="r", model="m", images=IMAGES[:1])
+
+    def _fail(self, context: Any) -> None:
+        if self.status is not None:
+            context.set_trailing_metadata([("request_id", "r"), (DETAILS_KEY, self.status.SerializeToString())])
+        context.abort(self.errors.pop(0), "said the script")
 
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
@@ -207,6 +219,16 @@ def test_other_errors_are_not_tried_again(client: Client, script: Scripted) -> N
     with pytest.raises(CallError, match="INTERNAL: said the script"):
         client.chat("hi")
     assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize(("code", "tries"), [(EXHAUSTED, 1), (UNAVAILABLE, 2)])
+def test_a_full_server_says_so_itself(address: str, script: Scripted, code: grpc.StatusCode, tries: int) -> None:
+    """RESOURCE_EXHAUSTED of gRPC's own is a message above its limit, as large the next time."""
+    script.errors, script.status = [code] * (tries + 1), None
+    with Client(address, retries=1) as client, pytest.raises(CallError) as caught:
+        client.chat("hi")
+    assert caught.value.retryable is (code is UNAVAILABLE) and not caught.value.by_server
+    assert len(script.requests) == tries
 
 
 def test_a_stream_that_has_delivered_is_not_tried_again(client: Client, script: Scripted) -> None:
@@ -371,9 +393,71 @@ def test_an_image_that_the_protos_cannot_ask_for_is_refused_here(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         client.generate_image("a cat", **call)
-    with pytest.raises(ValueError, match="image: 4194305 bytes, mask included, are more than a message's 4194304"):
-        client.edit_image("a cat", bytes(4 << 20), mask=b"x")
     assert script.requests == []
+
+
+async def test_a_request_that_is_too_large_is_not_sent(client: Client, address: str, script: Scripted) -> None:
+    large, said = "x" * (4 << 20), r"request: 41943\d\d bytes, above 4194304; send less at once"
+    for call in (client.chat, client.stream_chat, client.translate, client.stream_translate, client.generate_image):
+        with pytest.raises(ValueError, match=said):
+            call(large)
+    with pytest.raises(ValueError, match=said):
+        client.edit_image("a cat", large[1:].encode(), mask=b"x")
+    async with AsyncClient(address) as later:
+        with pytest.raises(ValueError, match=said):
+            await later.chat(large)
+        with pytest.raises(ValueError, match=said):
+            later.stream_chat(large)
+    assert script.requests == []
+
+
+def test_an_error_tells_its_field_and_its_request(client: Client, script: Scripted) -> None:
+    script.errors, script.status = [grpc.StatusCode.INVALID_ARGUMENT], Status()
+    script.status.details.add().Pack(BadRequest(field_violations=[BadRequest.FieldViolation(field="config.top_p")]))
+    with pytest.raises(CallError) as caught:
+        client.chat("hi")
+    assert (caught.value.field, caught.value.request_id, caught.value.by_server) == ("config.top_p", "r", True)
+    script.errors, script.status = [INTERNAL], Status()
+    with pytest.raises(CallError) as caught:
+        list(client.stream_chat("hi"))
+    assert caught.value.field == ""
+
+
+def test_it_comes_back_no_sooner_than_the_server_asks(client: Client, script: Scripted) -> None:
+    script.errors, script.status = [EXHAUSTED], Status()
+    script.status.details.add().Pack(RetryInfo(retry_delay=Duration(nanos=700_000_000)))
+    started = time.monotonic()
+    assert client.chat("hi").text == "hello"
+    assert 0.7 < time.monotonic() - started < 5
+
+
+ADDRESSES = (
+    "localhost:9000", "10.0.0.3:9000", "[::1]:9000", "ipv4:10.0.0.3:9000,10.0.0.4:9000", "dns:chat.example:9000",
+    "dns://10.0.0.9:53/chat.example:9000", "unix:/run/chat.sock", "https://chat.example", "https://chat.example:8443/",
+    "https://[::1]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_taken(address: str) -> None:
+    connect(address).close()
+
+
+def test_tls_has_a_port_of_its_own() -> None:
+    assert [target_of(address) for address in ADDRESSES[-3:]] == [
+        ("chat.example:443", True),
+        ("chat.example:8443", True),
+        ("[::1]:443", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "localhost", "http://127.0.0.1:9000", "127.0.0.1:", ":9000", "::1:9000", "https://", "a b:9000", "a:x"],
+)
+def test_an_address_that_is_none_is_refused_with_the_fix(address: str) -> None:
+    with pytest.raises(ValueError, match=r"address='.*': write HOST:PORT, or https://HOST for TLS"):
+        Client(address)
 
 
 def test_a_server_that_is_not_there() -> None:
@@ -418,6 +502,7 @@ def test_it_imports_nothing_heavy() -> None:
 
 ASK = """
 import asyncio, sys
+from services.address import target_of
 from services.client import AsyncClient, CallError, Client
 with Client(sys.argv[1], timeout=10, retries=0) as client:
     try:

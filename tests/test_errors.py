@@ -10,9 +10,11 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from ray.serve.metrics import Counter
 
-from services.errors import DETAILS_KEY, StatusError, answers, invalid, overloaded, send, unavailable
-from services.proxy import conceal
+from services.errors import StatusError, answers, invalid, overloaded, refuse, send, unavailable
+from services.proxy import _Call, conceal
+from services.transport import DETAILS_KEY
 from serving.api import EngineClosed, QueueFull
 
 
@@ -89,6 +91,18 @@ async def test_what_was_not_foreseen_is_in_the_log_with_the_requests_id(caplog: 
     assert "request r-1 failed" in caplog.text and "KeyError: 'secret'" in caplog.text
 
 
+async def test_an_error_is_counted_by_method_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Serve the call went well, since the method returned."""
+    counted = []
+    monkeypatch.setattr(Counter, "inc", lambda self, value=1.0, tags=None: counted.append((self.info["name"], tags)))
+    await Service(KeyError("secret")).Ask(StringValue(), Context())
+    _ = [message async for message in Service(QueueFull("full")).StreamAsk(StringValue(), Context())]
+    assert counted == [
+        ("request_errors", {"method": "Ask", "code": "INTERNAL"}),
+        ("request_errors", {"method": "StreamAsk", "code": "RESOURCE_EXHAUSTED"}),
+    ]
+
+
 async def test_cancellation_passes_through() -> None:
     context = Context()
     with pytest.raises(asyncio.CancelledError):
@@ -148,3 +162,46 @@ def test_the_proxy_leaves_our_own_errors_alone() -> None:
     before = context.trailing_metadata()
     conceal(context)
     assert (context.code(), context.details(), context.trailing_metadata()) == (error.code, "going down", before)
+
+
+class Wire:
+    """What grpc's own context is asked for."""
+
+    peer = auth_context = peer_identities = peer_identity_key = invocation_metadata = lambda self: None
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        pass
+
+    def set_details(self, details: str) -> None:
+        pass
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        self.metadata = list(metadata)
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
+        self.metadata = list(metadata)
+        raise RuntimeError("aborted")
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_requests_id_goes_to_the_caller_once(ours: bool) -> None:
+    """Serve has put it there; a replica's context gives it back beside the details."""
+    wire, call = Wire(), _Call(Wire(), "chat")
+    call.set_trailing_metadata([("request_id", "r-1")])
+    if ours:
+        send(unavailable("going down"), call, "r-1")
+        call.set_trailing_metadata(list(call.trailing_metadata()))
+    else:
+        call.set_code(grpc.StatusCode.INTERNAL)  # a replica that died
+    call.end(wire)
+    assert [key for key, _ in wire.metadata] == ["request_id", DETAILS_KEY] and wire.metadata[0][1] == "r-1"
+
+
+async def test_a_call_that_is_refused_at_once_has_an_id_too() -> None:
+    wire = Wire()
+    with pytest.raises(RuntimeError, match="aborted"):
+        await refuse(unavailable("going down"), wire)
+    metadata = dict(wire.metadata)
+    info = ErrorInfo()
+    assert Status.FromString(metadata[DETAILS_KEY]).details[0].Unpack(info)
+    assert metadata["request_id"] == info.metadata["request_id"] != ""

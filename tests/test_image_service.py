@@ -19,9 +19,10 @@ from PIL import ExifTags, Image
 
 from chatforge.v1 import image_pb2
 from services.config import ImageModelConfig
-from services.errors import DETAILS_KEY, StatusError
+from services.errors import StatusError
 from services.image import ImageService
 from services.image_model import ImageModel
+from services.transport import DETAILS_KEY
 from serving.image.api import ImageParams
 
 MIB = 1 << 20
@@ -123,7 +124,11 @@ WORDS = {
     "multiple": ({"height": 30}, {}, "config.height: 30 must be a multiple of 4"),
     "images": ({"num_images": 0}, {}, "config.num_images: 0 must be at least 1"),
     "seed": ({"seed": 2**63 - 1, "num_images": 2}, {}, f"config.seed: {2**63 - 1} must be between 0 and 2^63 - 2"),
-    "sampler": ({"sampler": 9}, {}, "config.sampler: 9 is not known here; there are: 1, 2, 3"),
+    "sampler": (
+        {"sampler": 9},
+        {},
+        "config.sampler: 9 is not known here; there are: SAMPLER_DDIM, SAMPLER_DPM_SOLVER_PP, SAMPLER_EULER",
+    ),
     "quality": ({"quality": 50}, {}, "config.quality: is of JPEG and WebP alone; set config.format to one of them"),
     "prompt": ({}, {"prompt": "a" * 301}, "prompt: has 301 characters, above the limit of 300"),
 }

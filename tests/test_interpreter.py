@@ -1,16 +1,29 @@
 """Documents in the terminal: read as UTF-8 or refused, and cut between lines alone."""
 
 import io
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
-from chatforge.v1 import models_pb2
-from services.client import CallError
-from services.interpreter import PART_CHARACTERS, Interpreter, parts, read_document
+from services.client import CallError, ModelCard
+from services.interpreter import CUT, PART_CHARACTERS, Interpreter, parts, read_document
+
+
+class Translated(nullcontext[Iterator[str]]):
+    """Stands in for a stream; what ends in a dash was cut."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(self)
+        self._pieces = iter(text.upper())
+        self.reply = SimpleNamespace(finish_reason="length" if text.rstrip().endswith("-") else "stop")
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
 
 
 class Shouting:
@@ -21,23 +34,18 @@ class Shouting:
         self.limits, self.texts = limits, list[str]()
         self.asked = 0
 
-    def list_models(self) -> list[models_pb2.Model]:
+    def list_models(self) -> list[ModelCard]:
         self.asked += 1
-        chat = models_pb2.Model(name="chat", kind=models_pb2.MODEL_KIND_CAUSAL_LM)
-        chat.limits.max_characters = 1
-        return [chat, *(_translation_model(name, limit) for name, limit in self.limits.items())]
+        chat = ModelCard("chat", "causal-lm", limits={"max_characters": 1})
+        told = {name: {"max_characters": limit} if limit else {} for name, limit in self.limits.items()}
+        return [chat, *(ModelCard(name, "translation", limits=limits) for name, limits in told.items())]
 
     def stream_translate(self, text: str, **options: Any) -> Any:
         assert options["target"] == "en"
         self.texts.append(text)
         if text == "?":
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "text: is no text")
-        return nullcontext(iter(text.upper()))
-
-
-def _translation_model(name: str, max_characters: int) -> models_pb2.Model:
-    limits = models_pb2.ModelLimits(max_characters=max_characters)
-    return models_pb2.Model(name=name, kind=models_pb2.MODEL_KIND_TRANSLATION, limits=limits)
+        return Translated(text)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "a\r\nb\u2028c\n\n\n", "\n\n" * 30 + "x" * 50 + "\ny"])
@@ -94,7 +102,13 @@ def test_what_is_typed_is_translated_line_by_line(
 
 def test_a_document_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     Interpreter(Shouting(), target="en").translate("ä\n\n b")  # type: ignore[arg-type]
-    assert capsys.readouterr().out == "Ä\n\n B"
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Ä\n\n B", "")
+
+
+def test_a_cut_translation_is_told_once_and_not_among_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Interpreter(Shouting(a=3), target="en").translate("a-\nb-\nc", end="\n")  # type: ignore[arg-type]
+    assert capsys.readouterr() == ("A-\nB-\nC\n", f"{CUT}\n")
 
 
 LINES = "".join(f"line {i:3}\n" for i in range(100))  # of 9 characters each

@@ -22,7 +22,6 @@ import yaml
 from nodes import Cluster, can_have_namespaces, cluster
 from services_world import LIMITS, eventually, free_port, start_command, that_never_ends
 
-from chatforge.v1 import models_pb2
 from services.client import CallError, Client
 from services.serve_config import servicer_functions
 
@@ -123,7 +122,7 @@ def test_both_nodes_answer_and_say_the_same(nodes: Cluster) -> None:
     for index in (0, 1):
         with Client(address(nodes, index), timeout=60, retries=0) as client:
             replies.append(client.chat("What is snow?", model="tiny", seed=1, max_new_tokens=12).text)
-            assert [m.state for m in client.list_models()] == [models_pb2.MODEL_STATE_READY] * 2
+            assert [m.state for m in client.list_models()] == ["ready"] * 2
     assert replies[0] == replies[1] != ""
     status = yaml.safe_load(serve(nodes, "status"))
     assert status["applications"]["chat"]["deployments"]["ChatService"]["replica_states"] == {"RUNNING": 2}
@@ -217,7 +216,7 @@ def ends(stream: Any) -> int | str:
 def test_one_node_is_a_healthy_service(nodes: Cluster) -> None:
     assert serves(nodes, 0)
     with Client(address(nodes, 0, 1), timeout=60, retries=0) as client:  # the lost address is still among them
-        assert [m.state for m in client.list_models()] == [models_pb2.MODEL_STATE_READY] * 2
+        assert [m.state for m in client.list_models()] == ["ready"] * 2
         for seed in range(10):
             assert client.chat("What is rain?", model="tiny", seed=seed, max_new_tokens=4).completion_tokens <= 4
 

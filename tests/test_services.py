@@ -1,11 +1,12 @@
 """The services over real Ray Serve and gRPC: answers, refusals, cancellation, overload, and a replica that dies."""
 
+import json
 import re
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services_world import LIMITS, Server, eventually, free_port, run_command, serving, that_never_ends
 
-from chatforge.v1 import chat_pb2, chat_pb2_grpc, models_pb2
+from chatforge.v1 import chat_pb2, chat_pb2_grpc
 from services.client import AsyncClient, CallError, Client
-from services.errors import DETAILS_KEY
+from services.console import CUT
+from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -109,10 +111,10 @@ def test_models_are_described(client: Client, tiny_world: Any) -> None:
     from serving.model_folder import describe
 
     tiny = client.get_model("tiny")
-    assert tiny.kind == models_pb2.MODEL_KIND_CAUSAL_LM and tiny.state == models_pb2.MODEL_STATE_READY
+    assert (tiny.kind, tiny.state) == ("causal-lm", "ready")
     assert tiny.revision == describe(tiny_world.llama).revision
-    assert (tiny.lineage.run, tiny.lineage.stage) == ("tiny", "llama")
-    assert {f.name: value for f, value in tiny.limits.ListFields()} == LIMITS
+    assert (tiny.run, tiny.stage) == ("tiny", "llama")
+    assert tiny.limits == LIMITS
     assert [m.name for m in client.list_models()] == ["long", "tiny"]
 
 
@@ -129,10 +131,15 @@ def test_health_is_known_by_service(server: Server, client: Client) -> None:
 
 def test_metrics_have_vllms_names(server: Server, client: Client) -> None:
     client.chat("Hello", model="tiny", max_new_tokens=4)
+    with pytest.raises(CallError, match="NOT_FOUND"):
+        client.chat("Hello", model="x")
 
     def published() -> bool:
         page = server.metrics()
-        return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page
+        refused = re.search(
+            r'^ray_request_errors_total\{.*application="chat".*code="NOT_FOUND".*method="Chat"', page, re.M
+        )
+        return all(f"ray_{name}" in page for name in METRICS) and 'model_name="tiny"' in page and refused is not None
 
     eventually(published, 60)
 
@@ -229,9 +236,11 @@ def test_bytes_that_are_not_utf8_are_refused(server: Server, method: str) -> Non
     assert error.details() == f"{method}Request: cannot be parsed; its strings must be UTF-8"
 
 
-def test_a_message_above_4_mib_is_refused(client: Client) -> None:
-    with pytest.raises(CallError, match="RESOURCE_EXHAUSTED"):
-        client.chat("x" * (5 << 20), model="tiny")
+def test_a_message_above_4_mib_is_refused(server: Server, client: Client) -> None:
+    large = chat_pb2.ChatRequest(model="tiny", messages=[chat_pb2.Message(content="x" * (5 << 20))])
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        chat_pb2_grpc.ChatServiceStub(channel).Chat(large)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert client.chat("still there?", model="tiny", max_new_tokens=2).completion_tokens <= 2
 
 
@@ -306,12 +315,17 @@ def first_refusal(server: Server) -> Any:
 def test_the_command_talks(server: Server, tmp_path: Path, client: Client) -> None:
     options = ["--server", server.address]
     said = ["--model", "tiny", "--seed", "4", "--max-new-tokens", "12"]
-    expected = client.chat("What is tea?", model="tiny", seed=4, max_new_tokens=12).text
+    expected = client.chat("What is tea?", model="tiny", seed=4, max_new_tokens=12)
     told = run_command(["chat", *options, *said, "What", "is", "tea?"], tmp_path)
-    assert (told.returncode, told.stdout, told.stderr) == (0, expected + "\n", "")
+    assert (told.returncode, told.stdout) == (0, expected.text + "\n")
+    assert told.stderr == ("" if expected.finish_reason == "stop" else f"{CUT}\n")
     piped = run_command(["chat", *options, *said], tmp_path, stdin="What is tea?\n")
-    assert (piped.returncode, piped.stdout) == (0, expected + "\n")
+    assert (piped.returncode, piped.stdout) == (0, expected.text + "\n")
+    shaped = run_command(["chat", *options, *said, "--top-k", "1", "--stop", "a", "--stop", "e", "Hello"], tmp_path)
+    assert shaped.stdout == client.chat("Hello", model="tiny", max_new_tokens=12, top_k=1, stop=["a", "e"]).text + "\n"
     listed = run_command(["models", *options], tmp_path)
+    cards = json.loads(run_command(["models", *options, "--json"], tmp_path).stdout)
+    assert cards == [asdict(card) for card in client.list_models()]
     assert listed.returncode == 0 and "tiny" in listed.stdout and "run tiny, llama" in listed.stdout
     assert run_command(["health", *options], tmp_path).stdout == "SERVING\n"
 
@@ -342,12 +356,12 @@ def test_a_killed_replica_comes_back_and_shows_nothing_of_the_inside(server: Ser
     killed.send_signal(signal.SIGKILL)
     with pytest.raises(CallError) as caught:
         list(stream)
-    assert caught.value.code == "UNAVAILABLE"
+    assert caught.value.code == "UNAVAILABLE" and caught.value.request_id
     assert not [word for word in INSIDE if word in caught.value.details]
     with Client(server.address, timeout=60) as patient:
         assert patient.chat("Hello", model="tiny", max_new_tokens=3).completion_tokens <= 3
     eventually(lambda: client.health() == "SERVING")
-    assert client.get_model("tiny").state == models_pb2.MODEL_STATE_READY
+    assert client.get_model("tiny").state == "ready"
     assert server.replicas()["chat"].pid != killed.pid
 
 

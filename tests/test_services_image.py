@@ -17,9 +17,9 @@ from malformed_images import LIMITS, MODEL, ROOMY, malformed, picture, request_o
 from PIL import Image
 from services_world import Server, eventually, free_port, run_command, serving
 
-from chatforge.v1 import image_pb2_grpc, models_pb2
+from chatforge.v1 import image_pb2_grpc
 from services.client import AsyncClient, CallError, Client, ImageReply, StepProgress
-from services.errors import DETAILS_KEY
+from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -129,12 +129,11 @@ def test_models_of_both_kinds_are_listed(server: Server, client: Client, folder:
     from serving.model_folder import describe
 
     kinds = {model.name: model.kind for model in client.list_models()}
-    drawing, translation = models_pb2.MODEL_KIND_TEXT_TO_IMAGE, models_pb2.MODEL_KIND_TRANSLATION
-    assert kinds == {MODEL: drawing, ROOMY: drawing, "slow": drawing, "de-en": translation}
+    assert kinds == {name: "text-to-image" for name in (MODEL, ROOMY, "slow")} | {"de-en": "translation"}
     model = client.get_model(MODEL)
-    assert {field.name: value for field, value in model.limits.ListFields()} == LIMITS
+    assert model.limits == LIMITS
     assert model.revision == describe(folder).revision
-    assert (model.lineage.run, model.lineage.stage) == ("pictures", "image")
+    assert (model.run, model.stage) == ("pictures", "image")
     assert "text-to-image" in run_command(["models", "--server", server.address], tmp_path).stdout
 
 

@@ -16,10 +16,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from services_world import LIMITS, Server, environment, eventually, free_port, run_command, serving
 
-from chatforge.v1 import common_pb2, models_pb2, translation_pb2, translation_pb2_grpc
+from chatforge.v1 import common_pb2, translation_pb2, translation_pb2_grpc
 from services.client import AsyncClient, CallError, Client, LanguagePair
-from services.errors import DETAILS_KEY
 from services.replies import stream_translate_request, translate_request
+from services.transport import DETAILS_KEY
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -178,13 +178,12 @@ def test_models_of_both_kinds_are_listed(server: Server, client: Client, tiny_wo
     from serving.model_folder import describe
 
     kinds = {model.name: model.kind for model in client.list_models()}
-    translation, chat = models_pb2.MODEL_KIND_TRANSLATION, models_pb2.MODEL_KIND_CAUSAL_LM
-    assert kinds == {"de-en": translation, "slow": translation, "tiny": chat}
+    assert kinds == {"de-en": "translation", "slow": "translation", "tiny": "causal-lm"}
     model = client.get_model("de-en")
-    assert {f.name: value for f, value in model.limits.ListFields()} == TRANSLATION_LIMITS
+    assert model.limits == TRANSLATION_LIMITS
     assert (model.source_language, model.target_language) == ("de", "en")
     assert model.revision == describe(tiny_world.translation).revision
-    assert (model.lineage.run, model.lineage.stage) == ("tiny", "translation")
+    assert (model.run, model.stage) == ("tiny", "translation")
     table = run_command(["models", "--server", server.address], tmp_path).stdout
     assert "translation, de to en" in table and "translation, pt-BR to en" in table and "causal-lm" in table
 
