@@ -14,6 +14,7 @@ from chatforge.v1 import chat_pb2, models_pb2
 from services import convert
 from services.config import ChatModelConfig
 from services.errors import invalid
+from services.token_bytes import TokenBytes
 from serving.engine.api import Chunk, SamplingParams
 from serving.engine.torch_engine import TorchEngine
 from serving.model_folder import describe, load_causal_lm
@@ -53,6 +54,7 @@ class ChatModel:
         )
         self.defaults = _defaults(config.folder)
         self._control_tokens = control_tokens(self.tokenizer)
+        self.bytes_of = TokenBytes(self.tokenizer)
 
     def proto(self) -> models_pb2.Model:
         limits = {

@@ -38,7 +38,16 @@ from chatforge.v1 import (
 )
 from services import replies
 from services.address import DEFAULT_ADDRESS
-from services.replies import ImageReply, LanguagePair, Messages, ModelCard, Reply, StepProgress, TranslationReply
+from services.replies import (
+    ImageReply,
+    LanguagePair,
+    Messages,
+    ModelCard,
+    Reply,
+    StepProgress,
+    TokenLogprob,
+    TranslationReply,
+)
 from services.transport import (
     AsyncStream,
     Attempts,
@@ -61,6 +70,7 @@ __all__ = [
     "ModelCard",
     "Reply",
     "StepProgress",
+    "TokenLogprob",
     "TranslationReply",
 ]
 

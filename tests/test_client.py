@@ -28,7 +28,7 @@ from chatforge.v1 import (
     translation_pb2_grpc,
 )
 from services.address import target_of
-from services.client import AsyncClient, CallError, Client, ImageReply, LanguagePair, StepProgress
+from services.client import AsyncClient, CallError, Client, ImageReply, LanguagePair, StepProgress, TokenLogprob
 from services.transport import DETAILS_KEY, connect
 
 UNAVAILABLE, EXHAUSTED, INTERNAL = (
@@ -60,8 +60,9 @@ class Scripted(
         if self.errors:
             self._fail(context)
         return chat_pb2.ChatResponse(
-            id="r", model="m", message=chat_pb2.Message(content="hello"), finish_reason=common_pb2.FINISH_REASON_STOP
-        )
+            id="r", model="m", message=chat_pb2.Message(content="hello"), finish_reason=common_pb2.FINISH_REASON_STOP,
+            logprobs=[common_pb2.TokenLogprob(token_id=7, token=b"hello", logprob=-0.5)],
+        )  # fmt: skip
 
     def StreamChat(self, request: Any, context: Any) -> Iterator[Any]:
         self._note(request, context)
@@ -208,7 +209,7 @@ def test_what_was_refused_before_anything_came_is_tried_again(
     client: Client, script: Scripted, code: grpc.StatusCode
 ) -> None:
     script.errors = [code, code]
-    assert client.chat("hi").text == "hello"
+    assert client.chat("hi").logprobs == (TokenLogprob(7, b"hello", -0.5),)
     script.errors = [code]
     assert "".join(client.stream_chat("hi")) == "llo"
     assert len(script.requests) == 5
