@@ -38,7 +38,7 @@ class ChatService(Servicer[ChatModel, ChatMetrics]):
             async for chunk in answer:
                 times.saw(chunk)
                 chunks.append(chunk)
-        return convert.chat_response(request_id, model.name, chunks, len(prompt_ids))
+        return convert.chat_response(request_id, model.name, chunks, len(prompt_ids), model.bytes_of)
 
     @answers(StreamChatResponse)
     async def StreamChat(
@@ -57,7 +57,7 @@ class ChatService(Servicer[ChatModel, ChatMetrics]):
                     completion_tokens += len(chunk.token_ids)
                     if _worth_sending(chunk):
                         usage = len(prompt_ids), completion_tokens
-                        yield convert.stream_chat_response(request_id, model.name, chunk, usage)
+                        yield convert.stream_chat_response(request_id, model.name, chunk, usage, model.bytes_of)
         finally:
             self._open_streams -= 1
 

@@ -12,6 +12,7 @@ from services import convert
 from services.config import ChatModelConfig
 from services.errors import invalid
 from services.servicer import DTYPES, ServedModel
+from services.token_bytes import TokenBytes
 from serving.engine.api import Engine, SamplingParams
 from serving.engine.torch_engine import TorchEngine
 from serving.folder import read_json
@@ -51,6 +52,7 @@ class ChatModel(ServedModel):
         )
         self.defaults = _defaults(folder)
         self._control_tokens = control_tokens(self.tokenizer)
+        self.bytes_of = TokenBytes(self.tokenizer)
 
     @property
     def worker(self) -> Engine:

@@ -1,4 +1,4 @@
-"""The client of a ChatForge server, sync and async. Needs grpc, protobuf, google.rpc and chatforge.v1.
+"""The client of a ChatForge server, sync and async. Needs grpc, protobuf and chatforge.v1 alone.
 
     with Client("localhost:9000") as client:
         print(client.chat("What is the sea?", max_new_tokens=50).text)
@@ -38,7 +38,16 @@ from chatforge.v1 import (
 )
 from services import replies
 from services.address import DEFAULT_ADDRESS
-from services.replies import ImageReply, LanguagePair, Messages, ModelCard, Reply, StepProgress, TranslationReply
+from services.replies import (
+    ImageReply,
+    LanguagePair,
+    Messages,
+    ModelCard,
+    Reply,
+    StepProgress,
+    TokenLogprob,
+    TranslationReply,
+)
 from services.transport import (
     AsyncStream,
     Attempts,
@@ -61,6 +70,7 @@ __all__ = [
     "ModelCard",
     "Reply",
     "StepProgress",
+    "TokenLogprob",
     "TranslationReply",
 ]
 

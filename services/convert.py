@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -31,6 +31,7 @@ _IMAGE_KNOBS = ("num_inference_steps", "width", "height")
 _Name = TypeVar("_Name", bound=str)
 _Params = TypeVar("_Params", SamplingParams, TranslationParams, ImageParams)
 
+BytesOf = Callable[[int], bytes]  # a token's, by its id
 ChatMessage = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take them
 
 
@@ -129,7 +130,9 @@ def _stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
     return tuple(stop)
 
 
-def chat_response(request_id: str, model: str, chunks: Iterable[Chunk], prompt_tokens: int) -> chat_pb2.ChatResponse:
+def chat_response(
+    request_id: str, model: str, chunks: Iterable[Chunk], prompt_tokens: int, bytes_of: BytesOf
+) -> chat_pb2.ChatResponse:
     """A whole answer out of all of its chunks."""
     whole = joined(chunks)
     assert whole.finish_reason is not None
@@ -140,15 +143,16 @@ def chat_response(request_id: str, model: str, chunks: Iterable[Chunk], prompt_t
         finish_reason=FINISH_REASONS[whole.finish_reason],
         usage=common_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(whole.token_ids)),
         seed=whole.seed,
-        logprobs=_token_logprobs(whole),
+        logprobs=_token_logprobs(whole, bytes_of),
     )
 
 
 def stream_chat_response(
-    request_id: str, model: str, chunk: Chunk, usage: tuple[int, int]
+    request_id: str, model: str, chunk: Chunk, usage: tuple[int, int], bytes_of: BytesOf
 ) -> chat_pb2.StreamChatResponse:
     """One message of a stream; `usage` is (prompt, completion) tokens so far, told on the last message alone."""
-    message = chat_pb2.StreamChatResponse(id=request_id, model=model, delta=chunk.text, logprobs=_token_logprobs(chunk))
+    logprobs = _token_logprobs(chunk, bytes_of)
+    message = chat_pb2.StreamChatResponse(id=request_id, model=model, delta=chunk.text, logprobs=logprobs)
     if chunk.finish_reason is not None:
         message.finish_reason = FINISH_REASONS[chunk.finish_reason]
         message.usage.prompt_tokens, message.usage.completion_tokens = usage
@@ -156,9 +160,9 @@ def stream_chat_response(
     return message
 
 
-def _token_logprobs(chunk: Chunk) -> list[common_pb2.TokenLogprob]:
+def _token_logprobs(chunk: Chunk, bytes_of: BytesOf) -> list[common_pb2.TokenLogprob]:
     pairs = zip(chunk.token_ids, chunk.logprobs, strict=False)  # logprobs are empty unless asked for
-    return [common_pb2.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in pairs]
+    return [common_pb2.TokenLogprob(token_id=id_, logprob=logprob, token=bytes_of(id_)) for id_, logprob in pairs]
 
 
 def translate_response(

@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
 from google.protobuf.duration_pb2 import Duration
@@ -86,15 +86,23 @@ def send(error: StatusError, context: Any, request_id: str) -> None:
     """Puts the error on the call; the request's id is there already, and Serve keeps it."""
     context.set_code(error.code)
     context.set_details(error.text)
-    context.set_trailing_metadata([(DETAILS_KEY, status_proto(error, request_id).SerializeToString())])
+    context.set_trailing_metadata(list(_metadata(error, request_id)))
 
 
 async def refuse(error: StatusError, context: Any) -> NoReturn:
     """Ends a call that the proxy takes no further; `context` is grpc's own."""
     request_id = str(uuid.uuid4())
-    details = status_proto(error, request_id).SerializeToString()
-    await context.abort(error.code, error.text, (("request_id", request_id), (DETAILS_KEY, details)))
+    await context.abort(error.code, error.text, (("request_id", request_id), *_metadata(error, request_id)))
     raise AssertionError("abort raises")
+
+
+def _metadata(error: StatusError, request_id: str) -> Iterator[tuple[str, Any]]:
+    """Details as google.rpc has them, and in words for clients without its package, as ours is."""
+    yield DETAILS_KEY, status_proto(error, request_id).SerializeToString()
+    if error.field:
+        yield "field", error.field
+    if error.retry_after_s is not None:
+        yield "retry_after_s", str(error.retry_after_s)
 
 
 def request_id_of(context: Any) -> str:

@@ -3,16 +3,18 @@
 import functools
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serving.engine.api import Chunk, EngineStats
+from serving.engine.api import Chunk, EngineStats, FinishReason
 from serving.image.api import PainterStats
 from serving.translation.api import Piece, Translation, TranslatorStats
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TAGS = ("model_name",)
+_ENDED: Any = ("model_name", "finished_reason")  # Ray's types know tuples of one alone
+_OF_ERRORS: Any = ("method", "code")
 _BY_MODEL = (_SECONDS, _TAGS)
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
@@ -24,10 +26,17 @@ class _ModelMetrics:
     def __init__(self, model: str) -> None:
         self.running = _tagged(Gauge("num_requests_running", "Sequences that are worked on", _TAGS), model)
         self.waiting = _tagged(Gauge("num_requests_waiting", "Sequences that wait for a slot", _TAGS), model)
+        self.request_time = _tagged(Histogram("e2e_request_latency_seconds", "Whole requests", *_BY_MODEL), model)
+        self.success = _tagged(Counter("request_success", "Answered requests, by why they ended", _ENDED), model)
 
     def _show_load(self, stats: EngineStats | TranslatorStats | PainterStats) -> None:
         self.running.set(stats.num_requests_running)
         self.waiting.set(stats.num_requests_waiting)
+
+    def ended(self, started: float, reason: FinishReason) -> None:
+        """A whole request, which had passed its checks at `started` of time.perf_counter()."""
+        self.request_time.observe(time.perf_counter() - started)
+        self.success.inc(tags={"finished_reason": reason})
 
 
 class _TextMetrics(_ModelMetrics):
@@ -59,19 +68,22 @@ class TranslationMetrics(_TextMetrics):
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
-        self.request_time = _tagged(Histogram("e2e_request_latency_seconds", "Whole requests", *_BY_MODEL), model)
         self.texts = _tagged(Counter("translated_texts", "Texts of answered requests", _TAGS), model)
 
     def show(self, stats: TranslatorStats) -> None:
         self._show_load(stats)
 
     def answered(self, started: float, texts: int, made: Sequence[Translation | Piece]) -> None:
-        """A whole request, which had passed its checks at `started` of time.perf_counter()."""
-        self.request_time.observe(time.perf_counter() - started)
+        """As `ended`; a request was cut where any of its texts was."""
+        self.ended(started, "length" if any(_reason(part) == "length" for part in made) else "stop")
         self.texts.inc(texts)
         if tokens := sum(part.prompt_tokens for part in made):  # Ray's counters refuse 0
             self.prompt_tokens.inc(tokens)
             self.generation_tokens.inc(sum(part.completion_tokens for part in made))
+
+
+def _reason(part: Translation | Piece) -> FinishReason:
+    return part.finish_reason if isinstance(part, Piece) else part.hypotheses[0].finish_reason
 
 
 class ImageMetrics(_ModelMetrics):
@@ -79,15 +91,14 @@ class ImageMetrics(_ModelMetrics):
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
-        self.request_time = _tagged(Histogram("e2e_request_latency_seconds", "Whole requests", *_BY_MODEL), model)
         self.images = _tagged(Counter("generated_images", "Images of answered requests", _TAGS), model)
 
     def show(self, stats: PainterStats) -> None:
         self._show_load(stats)
 
     def answered(self, started: float, images: int) -> None:
-        """As TranslationMetrics.answered."""
-        self.request_time.observe(time.perf_counter() - started)
+        """As `ended`."""
+        self.ended(started, "stop")
         self.images.inc(images)
 
 
@@ -96,7 +107,7 @@ class RequestTimes:
 
     def __init__(self, metrics: ChatMetrics, prompt_tokens: int) -> None:
         self._metrics, self._prompt_tokens = metrics, prompt_tokens
-        self._last = time.perf_counter()
+        self._started = self._last = time.perf_counter()
         self._first = True
 
     def saw(self, chunk: Chunk) -> None:
@@ -109,6 +120,8 @@ class RequestTimes:
             self._metrics.next_token.observe(now - self._last)
         self._metrics.generation_tokens.inc(len(chunk.token_ids))
         self._last, self._first = now, False
+        if chunk.finish_reason is not None:
+            self._metrics.ended(self._started, chunk.finish_reason)
 
 
 def count_error(method: str, code: str) -> None:
@@ -119,7 +132,7 @@ def count_error(method: str, code: str) -> None:
 @functools.cache
 def _errors() -> Counter:
     """Made where it is first needed, in a replica: Ray adds the tags of the process that makes it."""
-    return Counter("request_errors", "Calls that ended with an error of ours", ("method", "code"))
+    return Counter("request_errors", "Calls that ended with an error of ours", _OF_ERRORS)
 
 
 def _tagged(metric: _Metric, model: str) -> _Metric:

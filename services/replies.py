@@ -21,6 +21,15 @@ _Images = image_pb2.GenerateImageResponse | image_pb2.EditImageResponse
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token that it made."""
+
+    token_id: int
+    token: bytes  # may be a part of a character; empty for a control token
+    logprob: float
+
+
+@dataclass(frozen=True)
 class Reply:
     """A whole answer."""
 
@@ -31,7 +40,7 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     seed: int
-    logprobs: tuple[float, ...] = ()  # one a token made, where `logprobs=True` asked for them
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token made, where `logprobs=True` asked for them
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,7 @@ def _reply(last: Any, text: str, logprobs: Sequence[common_pb2.TokenLogprob]) ->
         prompt_tokens=last.usage.prompt_tokens,
         completion_tokens=last.usage.completion_tokens,
         seed=last.seed,
-        logprobs=tuple(entry.logprob for entry in logprobs),
+        logprobs=tuple(TokenLogprob(entry.token_id, entry.token, entry.logprob) for entry in logprobs),
     )
 
 

@@ -9,13 +9,11 @@ that is tried again.
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo
-from google.rpc.status_pb2 import Status
 
 from services.address import target_of
 
@@ -54,16 +52,13 @@ class CallError(RuntimeError):
     a server's own word from what gRPC makes of a call that reached none.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str, request_id: str = "", status: Status | None = None) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, metadata: Mapping[str, str | bytes]) -> None:
+        """`metadata` is what came at the end of the call."""
         super().__init__(f"{code.name}: {details}")
-        self.code, self.details, self.request_id = code.name, details, request_id
-        self.by_server = status is not None
-        bad, retry = BadRequest(), RetryInfo()
-        for detail in status.details if status else ():
-            detail.Unpack(bad)
-            detail.Unpack(retry)
-        self.field = bad.field_violations[0].field if bad.field_violations else ""
-        self.retry_after_s: float = retry.retry_delay.ToTimedelta().total_seconds()
+        self.code, self.details = code.name, details
+        self.request_id, self.field = str(metadata.get("request_id", "")), str(metadata.get("field", ""))
+        self.retry_after_s = float(metadata.get("retry_after_s", 0))
+        self.by_server = DETAILS_KEY in metadata
         # gRPC's own RESOURCE_EXHAUSTED is a message above its limit, which stays so.
         exhausted = code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.by_server
         self.retryable = exhausted or code is grpc.StatusCode.UNAVAILABLE
@@ -250,6 +245,4 @@ def _check_size(request: Message) -> None:
 
 def _call_error(error: Any) -> CallError:
     """`error` is what grpc raises in either kind of client."""
-    metadata = dict(error.trailing_metadata() or ())
-    status = Status.FromString(metadata[DETAILS_KEY]) if DETAILS_KEY in metadata else None
-    return CallError(error.code(), error.details() or "", str(metadata.get("request_id", "")), status)
+    return CallError(error.code(), error.details() or "", dict(error.trailing_metadata() or ()))

@@ -13,9 +13,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo
-from google.rpc.status_pb2 import Status
 from services_world import environment
 
 from chatforge.v1 import (
@@ -28,7 +25,7 @@ from chatforge.v1 import (
     translation_pb2_grpc,
 )
 from services.address import target_of
-from services.client import AsyncClient, CallError, Client, ImageReply, LanguagePair, StepProgress
+from services.client import AsyncClient, CallError, Client, ImageReply, LanguagePair, StepProgress, TokenLogprob
 from services.transport import DETAILS_KEY, connect
 
 UNAVAILABLE, EXHAUSTED, INTERNAL = (
@@ -49,7 +46,7 @@ class Scripted(
 
     def __init__(self) -> None:
         self.errors: list[grpc.StatusCode] = []
-        self.status: Status | None = Status()  # that comes along, as with every error of our servers
+        self.metadata_of_errors: dict[str, Any] | None = {}  # beside what comes with every error of our servers
         self.delivered = 0
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
@@ -60,8 +57,9 @@ class Scripted(
         if self.errors:
             self._fail(context)
         return chat_pb2.ChatResponse(
-            id="r", model="m", message=chat_pb2.Message(content="hello"), finish_reason=common_pb2.FINISH_REASON_STOP
-        )
+            id="r", model="m", message=chat_pb2.Message(content="hello"), finish_reason=common_pb2.FINISH_REASON_STOP,
+            logprobs=[common_pb2.TokenLogprob(token_id=7, token=b"hello", logprob=-0.5)],
+        )  # fmt: skip
 
     def StreamChat(self, request: Any, context: Any) -> Iterator[Any]:
         self._note(request, context)
@@ -135,8 +133,8 @@ class Scripted(
         return image_pb2.EditImageResponse(id="r", model="m", images=IMAGES[:1])
 
     def _fail(self, context: Any) -> None:
-        if self.status is not None:
-            context.set_trailing_metadata([("request_id", "r"), (DETAILS_KEY, self.status.SerializeToString())])
+        if self.metadata_of_errors is not None:
+            context.set_trailing_metadata([("request_id", "r"), (DETAILS_KEY, b""), *self.metadata_of_errors.items()])
         context.abort(self.errors.pop(0), "said the script")
 
     def _note(self, request: Any, context: Any) -> None:
@@ -208,7 +206,7 @@ def test_what_was_refused_before_anything_came_is_tried_again(
     client: Client, script: Scripted, code: grpc.StatusCode
 ) -> None:
     script.errors = [code, code]
-    assert client.chat("hi").text == "hello"
+    assert client.chat("hi").logprobs == (TokenLogprob(7, b"hello", -0.5),)
     script.errors = [code]
     assert "".join(client.stream_chat("hi")) == "llo"
     assert len(script.requests) == 5
@@ -224,7 +222,7 @@ def test_other_errors_are_not_tried_again(client: Client, script: Scripted) -> N
 @pytest.mark.parametrize(("code", "tries"), [(EXHAUSTED, 1), (UNAVAILABLE, 2)])
 def test_a_full_server_says_so_itself(address: str, script: Scripted, code: grpc.StatusCode, tries: int) -> None:
     """RESOURCE_EXHAUSTED of gRPC's own is a message above its limit, as large the next time."""
-    script.errors, script.status = [code] * (tries + 1), None
+    script.errors, script.metadata_of_errors = [code] * (tries + 1), None
     with Client(address, retries=1) as client, pytest.raises(CallError) as caught:
         client.chat("hi")
     assert caught.value.retryable is (code is UNAVAILABLE) and not caught.value.by_server
@@ -412,20 +410,18 @@ async def test_a_request_that_is_too_large_is_not_sent(client: Client, address: 
 
 
 def test_an_error_tells_its_field_and_its_request(client: Client, script: Scripted) -> None:
-    script.errors, script.status = [grpc.StatusCode.INVALID_ARGUMENT], Status()
-    script.status.details.add().Pack(BadRequest(field_violations=[BadRequest.FieldViolation(field="config.top_p")]))
+    script.errors, script.metadata_of_errors = [grpc.StatusCode.INVALID_ARGUMENT], {"field": "config.top_p"}
     with pytest.raises(CallError) as caught:
         client.chat("hi")
     assert (caught.value.field, caught.value.request_id, caught.value.by_server) == ("config.top_p", "r", True)
-    script.errors, script.status = [INTERNAL], Status()
+    script.errors, script.metadata_of_errors = [INTERNAL], {}
     with pytest.raises(CallError) as caught:
         list(client.stream_chat("hi"))
     assert caught.value.field == ""
 
 
 def test_it_comes_back_no_sooner_than_the_server_asks(client: Client, script: Scripted) -> None:
-    script.errors, script.status = [EXHAUSTED], Status()
-    script.status.details.add().Pack(RetryInfo(retry_delay=Duration(nanos=700_000_000)))
+    script.errors, script.metadata_of_errors = [EXHAUSTED], {"retry_after_s": "0.7"}
     started = time.monotonic()
     assert client.chat("hi").text == "hello"
     assert 0.7 < time.monotonic() - started < 5

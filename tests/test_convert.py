@@ -68,8 +68,12 @@ CHUNKS = [
 ]
 
 
+def bytes_of(token: int) -> bytes:
+    return str(token).encode()
+
+
 def test_a_whole_answer() -> None:
-    response = convert.chat_response("r", "m", CHUNKS, 11)
+    response = convert.chat_response("r", "m", CHUNKS, 11, bytes_of)
     assert response == chat_pb2.ChatResponse(
         id="r",
         model="m",
@@ -78,13 +82,14 @@ def test_a_whole_answer() -> None:
         usage=common_pb2.Usage(prompt_tokens=11, completion_tokens=4),
         seed=9,
         logprobs=[
-            common_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in enumerate((-0.5, -1.0, -2.0, -0.25), start=1)
+            common_pb2.TokenLogprob(token_id=i, logprob=p, token=b"%d" % i)
+            for i, p in enumerate((-0.5, -1.0, -2.0, -0.25), start=1)
         ],
     )
 
 
 def test_usage_reason_and_seed_are_on_the_last_message_alone() -> None:
-    first, _, last = (convert.stream_chat_response("r", "m", chunk, (11, 4)) for chunk in CHUNKS)
+    first, _, last = (convert.stream_chat_response("r", "m", chunk, (11, 4), bytes_of) for chunk in CHUNKS)
     assert {field.name for field, _ in first.ListFields()} == {"id", "model", "delta", "logprobs"}
     assert last.usage == common_pb2.Usage(prompt_tokens=11, completion_tokens=4)
     assert (last.finish_reason, last.seed) == (common_pb2.FINISH_REASON_LENGTH, 9)

@@ -117,6 +117,9 @@ def test_details_say_when_to_come_back() -> None:
     info, retry = ErrorInfo(), RetryInfo()
     assert status.details[0].Unpack(info) and status.details[1].Unpack(retry)
     assert dict(info.metadata) == {"request_id": "r-1"} and retry.retry_delay.seconds == 1
+    assert dict(context.trailing_metadata())["retry_after_s"] == "1"
+    send(invalid("config.top_p", "must be more"), context, "r-2")
+    assert dict(context.trailing_metadata())["field"] == "config.top_p"
 
 
 def test_serve_finds_the_context_argument_where_it_looks_for_it() -> None:
@@ -194,7 +197,8 @@ def test_the_requests_id_goes_to_the_caller_once(ours: bool) -> None:
     else:
         call.set_code(grpc.StatusCode.INTERNAL)  # a replica that died
     call.end(wire)
-    assert [key for key, _ in wire.metadata] == ["request_id", DETAILS_KEY] and wire.metadata[0][1] == "r-1"
+    expected = ["request_id", DETAILS_KEY, "retry_after_s"]
+    assert [key for key, _ in wire.metadata] == expected and wire.metadata[0][1] == "r-1"
 
 
 async def test_a_call_that_is_refused_at_once_has_an_id_too() -> None:

@@ -224,7 +224,13 @@ def test_overload_is_refused_at_once_and_ends(client: Client, stub: Any) -> None
 
 def test_metrics_have_vllms_names(server: Server, client: Client) -> None:
     client.generate_image("a cat", model=MODEL)
-    names = ("e2e_request_latency_seconds", "generated_images", "num_requests_running", "num_requests_waiting")
+    names = (
+        "e2e_request_latency_seconds",
+        "request_success_total",
+        "generated_images",
+        "num_requests_running",
+        "num_requests_waiting",
+    )
 
     def published() -> bool:
         lines = [line for line in server.metrics().splitlines() if f'model_name="{MODEL}"' in line]
