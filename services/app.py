@@ -209,7 +209,10 @@ def _start_ray(config: ServerConfig, scratch: str) -> ServerConfig:
         _temp_dir=scratch,
         _metrics_export_port=config.metrics_port,
     )
-    return on_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+    import torch
+
+    # A torch without CUDA cannot use those that Ray sees.
+    return on_gpus(config, int(ray.cluster_resources().get("GPU", 0)) if torch.cuda.is_available() else 0)
 
 
 def _deploy(config: ServerConfig) -> None:
@@ -229,19 +232,20 @@ def _deploy(config: ServerConfig) -> None:
     targets = [serve.RunTarget(app, name=name, route_prefix=f"/{name}") for name, app in applications(config).items()]
     try:
         serve.run_many(targets)
-    except RuntimeError:
-        raise _startup_error() from None
+    except RuntimeError as error:
+        raise _startup_error(error) from None
 
 
-def _startup_error() -> ServerConfigError | ServerStartError:
-    """What a replica's constructor said, of a folder or else, without the traceback around it."""
+def _startup_error(error: RuntimeError) -> ServerConfigError | ServerStartError:
+    """What a replica's constructor said, of a folder or else, without the traceback around it; or what Serve says."""
     from ray import serve
 
-    said = "\n".join(d.message for app in serve.status().applications.values() for d in app.deployments.values())
+    running = serve.status().applications.values()
+    said = "\n".join(text for app in running for text in (app.message, *(d.message for d in app.deployments.values())))
     if mistakes := re.findall(r"^(?:ValueError|\S*ServerConfigError): (.+)$", said, re.MULTILINE):
         return ServerConfigError(mistakes[-1])
     errors = re.findall(r"^\S*(?:Error|Exception)\b.*$", said, re.MULTILINE)
-    return ServerStartError(f"no replica could start: {errors[-1] if errors else 'Ray gives no reason'}")
+    return ServerStartError(f"no replica could start: {errors[-1] if errors else error}")
 
 
 def _check_port(port: int) -> None:

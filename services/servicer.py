@@ -87,4 +87,5 @@ def _loaded(load: Callable[[str, Any, str, int], M], name: str, config: ModelCon
         said = str(error).removeprefix(f"{config.model}: ")
         if not isinstance(error, ValueError):  # a file that was cut short, a device without room
             said = f"cannot be loaded: {type(error).__name__}: {said}"
+            said += "; gpus_per_replica: 0 serves on the CPU" * (device == "cuda")
         raise ValueError(f"model {name!r} in {config.model}: {said}") from error

@@ -19,17 +19,19 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._added = tokenizer, tokenizer.added_tokens_decoder  # which is made anew at every look
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._byte_level = backend is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self._byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
     def __call__(self, token: int) -> bytes:
-        """None for a control token, which is no text."""
+        """Empty for a control token, which is no text."""
         if added := self._added.get(token):
             return b"" if added.special else added.content.encode()
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # a vocabulary that is padded
             return b""
-        if self._byte_level:
+        if isinstance(piece, bytes):
+            return piece
+        if self._byte_level and all(character in _BYTES for character in piece):
             return bytes(_BYTES[character] for character in piece)
         if byte := _ONE_BYTE.fullmatch(piece):
             return bytes.fromhex(byte[1])

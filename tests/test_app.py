@@ -10,7 +10,8 @@ from ray import serve
 
 from services import app
 from services.cli import _exit_code
-from services.config import ServerConfig, ServerConfigError
+from services.config import ServerConfig
+from services.strict import ServerConfigError
 
 OUT_OF_MEMORY = """Traceback (most recent call last):
   File "replica.py", line 3, in __init__
@@ -29,7 +30,9 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             raise RuntimeError("Deploying application chat failed")
 
         deployment = SimpleNamespace(message=said)
-        status = SimpleNamespace(applications={"chat": SimpleNamespace(deployments={"ChatService": deployment})})
+        status = SimpleNamespace(
+            applications={"chat": SimpleNamespace(message="", deployments={"ChatService": deployment})}
+        )
         monkeypatch.setattr(serve, "status", lambda: status)
         monkeypatch.setattr(serve, "start", lambda **options: None)
         monkeypatch.setattr(serve, "run_many", run_many)
@@ -40,9 +43,12 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(app, "ENVIRONMENT", {})
-    monkeypatch.setattr(
-        app, "_start_ray", lambda config, scratch: Path(scratch, "session_latest/logs").mkdir(parents=True)
-    )
+
+    def start_ray(config: ServerConfig, scratch: str) -> ServerConfig:
+        Path(scratch, "session_latest/logs").mkdir(parents=True)
+        return config
+
+    monkeypatch.setattr(app, "_start_ray", start_ray)
     monkeypatch.setattr(app, "applications", lambda config: {})
     return start
 
@@ -55,6 +61,11 @@ def test_the_logs_of_a_start_that_failed_are_kept_and_named(start: Any) -> None:
     assert reason == "no replica could start: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.05 GiB."
     assert _exit_code(caught.value) == 1
     assert Path(kept).is_dir() and told == [f"logs, until the server ends: {kept}"]
+
+
+def test_what_ray_says_is_told_where_no_replica_says_anything(start: Any) -> None:
+    with pytest.raises(app.ServerStartError, match="no replica could start: Deploying application chat failed; the l"):
+        start("", [])
 
 
 def test_a_fault_of_the_config_leaves_no_file(start: Any, tmp_path: Path) -> None:

@@ -51,5 +51,5 @@ def test_workers_share_a_batch_without_rest(workers, passes):
 
 def test_derived_seeds_differ_by_seed_step_and_place():
     seeds = {derived_seed(seed, step, place) for seed in range(3) for step in range(3) for place in range(3)}
-    assert derived_seed(3, 5, 7) == 5908279557309048684  # as runs that go on have drawn it
+    assert derived_seed(3, 5, 7) == 5908279557309048684  # what a run goes on with is what it began with
     assert len(seeds) == 27 and all(0 <= seed < 2**63 for seed in seeds)

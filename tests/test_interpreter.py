@@ -44,7 +44,7 @@ class Shouting:
         assert options["target"] == "en"
         self.texts.append(text)
         if text == "?":
-            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "text: is no text")
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "text: is no text", {})
         return Translated(text)
 
 

@@ -193,6 +193,17 @@ def test_more_memory_for_a_pass_makes_nothing_stale(world):
     assert set(states(recipe(world, **changed), world).values()) == {"done"}
 
 
+def test_what_an_older_version_took_for_a_change_is_none(world):
+    """Its manifests have settings that no longer count."""
+    r = recipe(world)
+    finish_all(r, world)
+    path = world / "runs" / "r" / "sft" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["identity"]["config"]["micro_batch_size"] = 8
+    path.write_text(json.dumps(manifest))
+    assert set(states(r, world).values()) == {"done"}
+
+
 def test_a_rollout_is_shared_out_to_its_mini_batches(world):
     """The plan counted as if a rollout were one optimiser step, and refused what divides."""
     ppo = {"prompts": ["p"], "total_episodes": 480, "batch_size": 48, "micro_batch_size": 32, "num_mini_batches": 4}

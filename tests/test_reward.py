@@ -15,6 +15,7 @@ from training import reward, zero
 from training.config import RewardConfig
 from training.data.rankings import read_rankings
 from training.ppo import load_scorer
+from training.pretrained import pretrained
 from training.run import Run, StageError
 
 
@@ -90,7 +91,7 @@ def test_a_turns_end_that_is_also_the_pad_is_what_is_scored(make_run, tmp_path, 
     _, held_out = reward.split(read_rankings([str(tiny_world.rankings)]), run.seed + 1, reward.HELD_OUT)
     ids = [c for row in reward.tokenize(held_out, tokenizer) for c in row["completions"]]
     assert {c[-1] for c in ids} == {tokenizer.eos_token_id}
-    scorer = load_scorer(str(run.model)).eval()
+    scorer = load_scorer(str(run.model), "m").eval()
     with torch.no_grad():
         scores = torch.cat([scorer(1, input_ids=torch.tensor([c])).flatten() for c in ids])
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-3) and scores.std().item() == pytest.approx(1.0, abs=1e-3)
@@ -140,6 +141,20 @@ def test_a_name_that_is_no_model_is_told_by_its_field(make_run, tmp_path):
     config, run = make_run(model=str(tmp_path / "empty"))
     with pytest.raises(StageError, match=r"reward\.model=.*/empty: .*; correct the name, or give a model folder"):
         reward.run(config, run)
+
+
+def test_what_may_pass_is_no_mistake():
+    """A disk or a hub that is away for a moment: the worker dies of it, and is started again."""
+
+    class Away:
+        def from_pretrained(self, model):
+            if model == "disk":
+                raise OSError(5, "Input/output error")
+            raise OSError("We couldn't connect") from ConnectionError()
+
+    for model in ("disk", "hub"):
+        with pytest.raises(OSError, match=r"error|connect"):
+            pretrained(Away(), "reward.model", model)
 
 
 def test_padding_does_not_change_a_reward(tiny_world):

@@ -212,6 +212,7 @@ ALL = {"chat": {"a": {"model": "mine"}}, "translation": {"b": {"model": "words"}
         (1, {"replicas": 2}, (0.1666, 0.1666, 0.1666)),
         (2, {"scale": {"chat": {"max_replicas": 4}}}, (0.3333, 0.3333, 0.3333)),
         (2, {"scale": {"chat": {"gpus": 1}}}, (1, 0.5, 0.5)),
+        (2, {"scale": {"chat": {"gpus": 1, "max_replicas": 2}}}, (1, 0, 0)),
         (2, {"scale": {"chat": {"gpus": 0.5}}}, (0.5, 0.5, 0.5)),
         (1, {"scale": {"chat": {"gpus": 0.5}}}, (0.5, 0, 0)),
         (1, {"scale": {"chat": {"gpus": 0}}}, (0, 0.5, 0.5)),

@@ -13,6 +13,7 @@ from workers import two_processes
 
 from training import mirror, pipeline, pretrain, zero
 from training.config import PretrainConfig
+from training.picture_stage import cached, fetched
 from training.progress import Progress
 from training.recipe import Recipe
 from training.run import Run, StageError, save_model
@@ -186,6 +187,23 @@ def test_what_runs_share_is_made_once(uri, tmp_path):
     mirror.push_shared(one, fill(made, {"latents.npy": "1"}))
     assert mirror.pull_shared(two, wanted) and files(wanted) == files(made)
     assert not mirror.pull_shared(two, wanted.with_name("456"))
+
+
+def test_what_could_not_be_sent_is_sent_by_whoever_needs_it_next(uri, tmp_path, monkeypatch):
+    """It lay on the first worker's disk alone, and the others asked the store for it in vain."""
+    one, two = (run_on(tmp_path / name, uri) for name in "AB")
+
+    def away(run, folder):
+        raise StoreError("away")
+
+    def write(folder):
+        (folder / "latents.npy").write_text("1")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError):
+        patch.setattr(mirror, "push_shared", away)
+        cached(one, "latents", ["a"], write)
+    name = cached(one, "latents", ["a"], write)
+    assert files(fetched(two, name)) == files(one.root.parent / name)
 
 
 # ---- training

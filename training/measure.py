@@ -111,7 +111,7 @@ def completion_logprobs(model: Any, prompts: Tokens, completions: Tokens, temper
 
 def reward_model(folder: str, device: str) -> RewardModel:
     """The learned reward as PPO has it: a callable on token ids, normalised by what the folder stores."""
-    return RewardModel(load_scorer(folder).to(device), BATCH, nullcontext)
+    return RewardModel(load_scorer(folder, "the reward model").to(device), BATCH, nullcontext)
 
 
 def reward_scores(model: RewardModel, tokenizer: Any, rankings: Sequence[Ranking]) -> list[list[float]]:

@@ -258,9 +258,11 @@ def pull_shared(run: Run, folder: Path) -> bool:
 
 
 def push_shared(run: Run, folder: Path) -> None:
+    """Sends it where the store has none: its name says what is in it."""
     if run.store:
         store, key = _shared(run, folder)
-        store.push(folder, key)
+        if not store.exists(key):
+            store.push(folder, key)
 
 
 def _shared(run: Run, folder: Path) -> tuple[Store, str]:

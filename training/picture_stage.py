@@ -19,7 +19,7 @@ from training.data.records import DataError
 from training.data.split import held_out, normalised, split
 from training.diffusion_math import cosine_to_zero
 from training.ema import Ema
-from training.run import Run, folder_atomic
+from training.run import Run, StageError, folder_atomic
 
 FEW = 10  # held-out captions; with fewer, pictures are held out
 
@@ -102,15 +102,17 @@ def cached(run: Run, kind: str, parts: list[str], write: Callable[[Path], None])
         if not mirror.pull_shared(run, folder):
             with folder_atomic(folder) as temporary:
                 write(temporary)
-            mirror.push_shared(run, folder)
+        mirror.push_shared(run, folder)  # also what another run has left here that could not be sent
     return name
 
 
 def fetched(run: Run, name: str) -> Path:
     """Where a folder that is `cached` lies on this worker's disk."""
     folder = run.root.parent / name
-    there = mirror.pull_shared(run, folder)
-    assert there, f"{folder} was not left by the first worker"
+    if not mirror.pull_shared(run, folder):
+        raise StageError(
+            f"{run.stage}: {name} is gone from {run.store or run.root.parent}; give the same command again"
+        )
     return folder
 
 

@@ -101,7 +101,7 @@ def _run_stage(recipe: Recipe, run: Run, say: Callable[[str], None]) -> None:
 
     name, config = run.stage, recipe.stages[run.stage]
     identity = _identity(recipe, run.root, name)
-    state, why = _state(run, identity)
+    state, why = _state(recipe, run)
     if state == "done":  # a parent ran again and made the very same thing
         say(f"{name}: already done")
         return
@@ -181,7 +181,7 @@ def plan(recipe: Recipe, runs: str | Path = RUNS) -> list[PlannedStage]:
         _check_parents(recipe, root, name)
         _check_models(config, name)
         numbers = derived(recipe, name)
-        state, why = _state(stage_run(recipe, root, name, store=store), _identity(recipe, root, name))
+        state, why = _state(recipe, stage_run(recipe, root, name, store=store))
         waits = sorted(again & _parents(recipe, name).keys())
         if waits and state in ("done", "resume"):
             state, why = "stale", f"{', '.join(waits)} will run again"
@@ -312,9 +312,13 @@ def _is_named(config: StageConfig, field: str | None) -> bool:
     return bool(field and (getattr(config, field, None) or brought))
 
 
-def _state(run: Run, identity: dict[str, Any]) -> tuple[State, str]:
+def _state(recipe: Recipe, run: Run) -> tuple[State, str]:
+    identity, runtime = _identity(recipe, run.root, run.stage), recipe.stages[run.stage].runtime
     manifest = read_json(run.folder / "manifest.json")
     started = read_json(run.folder / "started.json")
+    for recorded in (manifest["identity"] if manifest else None, started):
+        if recorded:  # perhaps by a version in which more settings counted
+            recorded["config"] = {key: value for key, value in recorded["config"].items() if key not in runtime}
     if manifest:
         difference = _difference(manifest["identity"], identity)
         return ("stale", difference) if difference else ("done", "")

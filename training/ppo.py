@@ -77,14 +77,16 @@ def build_models(config: PPOConfig, run: Run, policy: PreTrainedModel, reward: R
     """Policy and critic on DeepSpeed engines, the frozen ones beside them."""
     reward_model = config.reward_model or str(run.of("reward").model)
     reference = None if config.lora else frozen_copy(policy)
-    critic = load_scorer(reward_model)
+    critic = load_scorer(reward_model, "ppo.reward_model")
     if config.lora:
         policy = adapted(policy, config.lora, "CAUSAL_LM")
         critic.model = adapted(critic.model, config.lora, "SEQ_CLS", modules_to_save=["score"]).get_base_model()
     actor = on_deepspeed(policy, config, run, config.learning_rate)
     if reward is None:
         autocast = partial(autocast_like, actor)
-        reward = RewardModel(load_scorer(reward_model).to(actor.device), config.micro_batch(run.workers), autocast)
+        reward = RewardModel(
+            load_scorer(reward_model, "ppo.reward_model").to(actor.device), config.micro_batch(run.workers), autocast
+        )
     return PPOModels(
         policy=actor,
         critic=on_deepspeed(critic, config, run, config.critic_learning_rate),

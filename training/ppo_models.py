@@ -110,15 +110,16 @@ class Scorer(nn.Module):
             return (self.model.score(hidden.float()).squeeze(-1) - self.mean) / self.std
 
 
-def load_scorer(folder: str) -> Scorer:
+def load_scorer(folder: str, field: str) -> Scorer:
     """The reward model, normalised by the mean and deviation that its folder stores (0 and 1 where it has none).
 
-    Raises StageError where there is no such model, ConfigError where it has not one score per token.
+    Raises StageError with the `field` that names the folder where it holds no such model, ConfigError where that has
+    not one score per token.
     """
     card = Path(folder) / "chatforge.json"
     about = json.loads(card.read_text("utf-8")) if card.exists() else {}
     options = {"num_labels": 1, "dtype": "float32", "use_safetensors": True}
-    model = pretrained(AutoModelForSequenceClassification, "ppo.reward_model", folder, **options)
+    model = pretrained(AutoModelForSequenceClassification, field, folder, **options)
     return Scorer(model, about.get("reward_mean", 0.0), about.get("reward_std") or 1.0)
 
 

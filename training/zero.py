@@ -26,7 +26,7 @@ from training.copies import local_copy
 from training.device import ENVIRONMENT, backend
 from training.recipe import MODELS, PARENTS
 from training.run import Run, StageError, StageInterrupted, commit_folder, folder_atomic, save_model
-from training.store import is_uri
+from training.store import is_uri, join
 
 Config = TrainingConfig | TranslationConfig
 WORKERS = "workers"  # the file of a checkpoint that says how many have written it
@@ -270,7 +270,8 @@ def load(engine: Any, folder: Path, run: Run) -> None:
     if not engine.load_universal_checkpoint():
         found, _ = engine.load_checkpoint(str(folder), tag=TAG)
         if found is None:  # DeepSpeed only warns, and the stage would go on with fresh weights
-            raise StageError(f"{folder}: holds no checkpoint that can be read; delete the stage's folder to start anew")
+            where = join(run.store, run.stage) if run.store else run.folder
+            raise StageError(f"{folder}: holds no checkpoint that can be read; delete {where} to start the stage anew")
         return
     disks.once_per_disk(run, lambda: make_universal(folder, TAG))
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
