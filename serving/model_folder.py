@@ -62,6 +62,8 @@ def _load(path: str | Path, auto: Any, wanted: str, dtype: torch.dtype | None, a
     config = _config(path, allow_unsafe)
     if (kind := _kind(path, config)) != wanted:
         raise ValueError(f"{path}: holds a {kind} model; a {wanted} is needed here")
+    if wanted == "translation" and not config.is_encoder_decoder:  # whatever its card says
+        raise ValueError(f"{path}: {config.model_type} is no encoder-decoder; a translation model is needed here")
     if (folder := Path(path)).is_dir() and not allow_unsafe:
         refuse_pickle(folder)
     try:

@@ -217,7 +217,7 @@ def test_a_reward_model_is_measured_on_given_rankings(run: Run, tiny_world) -> N
 def test_other_kinds_are_refused_by_name(run: Run, tiny_world, tmp_path) -> None:  # type: ignore[no-untyped-def]
     shutil.copytree(run.of("sft").model, tmp_path / "m")
     write_atomic(tmp_path / "m" / "chatforge.json", json.dumps({"kind": "translation"}))
-    with pytest.raises(ValueError, match="translation"):
+    with pytest.raises(ValueError, match="llama is no encoder-decoder; a translation model is needed here"):
         evaluate.evaluate_model(str(tmp_path / "m"), [str(tiny_world.corpus)])
 
 

@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any) -> Path:
     (folder / "data" / "corpus.txt").write_bytes(tiny_world.corpus.read_bytes())
     text = ["data/corpus.txt"]
     size = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "seq_len": 128, "batch_size": 8, "dtype": "fp32"}
-    pretrain = {"text": text, "tokens": 8 * 128 * STEPS, "checkpoint_every": 10, "eval_every": STEPS, **size}
+    pretrain = {"text": text, "tokens": 8 * 128 * STEPS, "checkpoint_every": 25, "eval_every": STEPS, **size}
     recipe = {"name": "nano", "val_fraction": 0.2, "tokenizer": {"text": text, "vocab_size": 512}, "pretrain": pretrain}
     (folder / "nano.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     return folder

@@ -235,6 +235,7 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     from training.rendezvous import Rendezvous
 
@@ -258,8 +259,12 @@ def _fit(config: StageConfig, run: Run, need: placement.Need) -> tuple[str, str]
     )
     # Ray's own Ctrl-C handler ends the process with 0 or 1, as it happens; Python's raises KeyboardInterrupt.
     trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
-    # Ray's datasets, of which we have none, would have a process of their own.
-    callbacks = [c for c in trainer._create_default_callbacks() if not isinstance(c, DatasetsCallback)]  # type: ignore[attr-defined]
+    # Processes of their own, at every start: Ray's datasets, of which we have none, and one that tidies up after a
+    # controller that died, which a Ray of our own does by its end.
+    unneeded = (
+        (DatasetsCallback,) if os.environ.get("RAY_ADDRESS") else (DatasetsCallback, PlacementGroupCleanerCallback)
+    )
+    callbacks = [c for c in trainer._create_default_callbacks() if not isinstance(c, unneeded)]  # type: ignore[attr-defined]
     trainer._create_default_callbacks = lambda: callbacks  # type: ignore[attr-defined]
     try:
         return trainer.fit().return_value  # type: ignore[attr-defined]  # rank 0's
