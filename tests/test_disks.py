@@ -1,7 +1,10 @@
 """What one worker does for the others, who wait for it."""
 
+import subprocess
+import sys
+
 import pytest
-from workers import two_processes
+from workers import ROOT, two_processes
 
 PATIENCE = """
 import os, sys, time
@@ -52,6 +55,7 @@ cluster._LEAVING = float(sys.argv[2])
 if sys.argv[3] == "all" or run.rank:
     assert cluster._all_leave(run) == (sys.argv[3] == "all")
 dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -60,3 +64,29 @@ dist.barrier()
 def test_a_worker_alone_with_a_mistake_learns_that_the_others_do_not_leave(tmp_path, who):
     codes, told = two_processes(LEAVING, [str(tmp_path), "20" if who == "all" else "1", who])
     assert codes == [0, 0], told
+
+
+ENDING = """
+import atexit
+from pathlib import Path
+
+@atexit.register
+def tell():
+    print(sorted(file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")))
+
+from training import disks, zero
+from training.run import Run, StageError
+
+def wrong():
+    raise StageError("no picture")
+
+zero.init_distributed("cpu")
+disks.on_rank_0(Run(Path("unused"), "image"), wrong)
+"""
+
+
+def test_a_worker_that_ends_leaves_no_thread_of_its_group():
+    """Such a thread aborted it now and then, whatever it had to say."""
+    ended = subprocess.run([sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "StageError: no picture" in ended.stderr
+    assert "python" in ended.stdout and "gloo" not in ended.stdout

@@ -1,5 +1,6 @@
 """What workers do together where they do not all have one disk: one acts for each, and all learn of its failure."""
 
+import atexit
 import functools
 import shutil
 import uuid
@@ -49,13 +50,13 @@ def once_per_disk(run: Run, make: Callable[[], T]) -> list[T]:
     """
     made: list[T] = []
     failed: ValueError | None = None
-    patient = _patient() if dist.is_initialized() else None
+    _patient()
     if is_first_on_disk(run):
         try:
             made.append(make())
         except (StageError, StoreError) as error:
             failed = error
-    told = _of_all_ranks((made, failed), patient)
+    told = _of_all_ranks((made, failed))
     if failures := [error for _, error in told if error]:
         raise failures[0]
     return [one for part, _ in told for one in part]
@@ -65,13 +66,13 @@ def on_rank_0(run: Run, make: Callable[[], T]) -> T | None:
     """What `make` returns on rank 0, None elsewhere; for the rest as `once_per_disk`."""
     made: T | None = None
     told: list[ValueError | None] = [None]
-    patient = _patient()
+    _patient()
     if run.rank == 0:
         try:
             made = make()
         except (StageError, StoreError) as error:
             told = [error]
-    dist.broadcast_object_list(told, 0, group=patient)
+    dist.broadcast_object_list(told, 0, group=_patient())
     if told[0]:
         raise told[0]
     return made
@@ -85,20 +86,21 @@ def store_checkpoint(run: Run, step: int, written: Path) -> None:
     on_rank_0(run, lambda: mirror.commit_checkpoint(run, step, index))
 
 
-def _of_all_ranks(mine: T, group: Any) -> list[T]:
+def _of_all_ranks(mine: T) -> list[T]:
     if not dist.is_initialized():
         return [mine]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=group)
+    dist.all_gather_object(gathered, mine, group=_patient())
     return gathered
 
 
 def _patient() -> Any:
     """All ranks, for work that one of them does for the others: millions of pictures take longer than a collective may.
 
-    All ranks call it, before that work.
+    All ranks call it before that work, too. None without a process group. Not kept by callers: the frames of an
+    exception would keep its threads.
     """
-    return _patient_beside(dist.group.WORLD)
+    return _patient_beside(dist.group.WORLD) if dist.is_initialized() else None
 
 
 @functools.cache
@@ -106,3 +108,14 @@ def _patient_beside(world: Any) -> Any:
     """One for the group that there is."""
     assert world is dist.group.WORLD
     return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+@atexit.register
+def _leave_groups() -> None:
+    """At a process's end: a thread of gloo that still ends a collective then aborts it (some 3 in 100 did).
+
+    NCCL's are left as they are: leaving waits for ranks that may be gone.
+    """
+    _patient_beside.cache_clear()  # what holds a group holds its threads
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
