@@ -127,12 +127,6 @@ def test_the_adversarial_balance_is_the_ratio_of_lengths_and_bounded():
     assert maths.adversarial_balance(ours, torch.zeros(3)).item() == 1e4
 
 
-def test_the_rate_warms_up_and_falls_to_nothing():
-    rates = [maths.cosine_to_zero(step, 100, 10) for step in range(101)]
-    assert rates[:10] == sorted(rates[:10]) and rates[10] == 1.0 and rates[55] == pytest.approx(0.5)
-    assert rates[100] == pytest.approx(0.0)
-
-
 def test_the_average_forgets_its_start():
     assert [maths.ema_decay_at(step, 0.999) for step in (0, 90)] == [0.1, 0.91]
     assert maths.ema_decay_at(10**6, 0.999) == 0.999

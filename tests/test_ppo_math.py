@@ -158,8 +158,3 @@ def test_distinct_2_is_low_for_a_phrase_said_over_and_over() -> None:
     assert ppo_math.distinct_2([[1, 2, 1, 2, 1]]) == 0.5
     assert ppo_math.distinct_2([[1, 2], [1, 2], [1, 2], [1, 2]]) == 0.25
     assert ppo_math.distinct_2([[1], []]) == 0.0
-
-
-def test_the_learning_rate_rises_then_stays() -> None:
-    assert [ppo_math.warmed_up(step, 3) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert ppo_math.warmed_up(0, 0) == 1.0

@@ -99,25 +99,6 @@ def test_workers_share_one_global_batch():
     assert shares == list(range(8))
 
 
-def config_of(**changes):
-    return PretrainConfig(text=["a"], tokens=1000 * 256 * 32, batch_size=32, **changes)
-
-
-def test_cosine_schedule():
-    multiplier = pretrain.schedule(config_of(warmup_ratio=0.1, min_lr_ratio=0.1))
-    assert multiplier(0) == pytest.approx(1 / 101)
-    assert multiplier(99) < multiplier(100) == 1.0
-    assert multiplier(550) == pytest.approx(0.55)
-    assert multiplier(1000) == pytest.approx(0.1)
-
-
-def test_wsd_schedule_is_flat_and_then_falls():
-    multiplier = pretrain.schedule(config_of(schedule="wsd", warmup_ratio=0.0, decay_ratio=0.2, min_lr_ratio=0.0))
-    assert [multiplier(s) for s in (0, 400, 800)] == pytest.approx([1.0, 1.0, 1.0])
-    assert multiplier(900) == pytest.approx(0.5)
-    assert multiplier(1000) == pytest.approx(0.0)
-
-
 def test_weight_decay_is_for_matrices_alone(tiny_world):
     model = AutoModelForCausalLM.from_pretrained(tiny_world.gpt2)
     decayed, plain = zero.parameter_groups(model, 0.1)

@@ -230,14 +230,6 @@ def test_token_loss_against_the_definition():
     assert translation.token_loss(logits, labels, smoothing).item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_schedules():
-    inverse = translation.schedule(TranslationConfig(pairs=["x"], steps=1000, warmup_ratio=0.1))
-    assert [inverse(s) for s in (0, 49, 99)] == pytest.approx([0.01, 0.5, 1.0])
-    assert inverse(399) == pytest.approx(0.5)  # four times the warm-up: half the rate
-    cosine = translation.schedule(TranslationConfig(pairs=["x"], steps=1000, warmup_ratio=0.1, schedule="cosine"))
-    assert cosine(99) == pytest.approx(1.0) and cosine(549) == pytest.approx(0.5) and cosine(999) == pytest.approx(0)
-
-
 def test_the_mean_of_weights():
     states = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 6.0])}]
     assert translation_validation.mean_of(states)["a"].tolist() == [2.0, 4.0]

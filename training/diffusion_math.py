@@ -4,8 +4,6 @@ Legend: x0 data, ε ~ N(0, I), xt noised data, all [B, ...]; t [B] steps of a ch
 ᾱ_t = Π (1 - β_s) [T]; α = √ᾱ, σ = √(1 - ᾱ). In a rectified flow α = 1 - t and σ = t.
 """
 
-import math
-
 import torch
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -82,17 +80,7 @@ def adversarial_balance(reconstruction: torch.Tensor, adversarial: torch.Tensor)
     return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=1e4)
 
 
-# ---- schedules and averages
-
-
-def cosine_to_zero(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate multiplier at `step`: linear warm-up, then a half cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
-
-    All in optimiser steps; `step` counts from 0, `steps` includes the `warmup`.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+# ---- averages
 
 
 def ema_decay_at(step: int, decay: float) -> float:

@@ -30,8 +30,9 @@ from training.data.split import normalised
 from training.ema import Ema
 from training.image_data import SIDES, Data, captions_are_cached, prepare_data
 from training.image_parts import adapted, check_config, components, merge_adapters, save_pipeline
-from training.picture_stage import captioned_sides, prepare_pictures, rate, resume, save
+from training.picture_stage import captioned_sides, prepare_pictures, resume, save
 from training.run import Run, StageError, folder_atomic, save_model
+from training.schedules import schedule
 from training.seeds import derived_seed
 from training.sheet import write_sheet
 from training.subwords import train_subwords
@@ -56,7 +57,9 @@ def run(config: ImageConfig, run: Run) -> None:
     model = Denoiser(parts, config, captions_are_cached(config))
     eval_model = copy.deepcopy(model).to(run.device) if run.rank == 0 else None
     optimizer = torch.optim.AdamW(zero.parameter_groups(model, config.weight_decay), config.learning_rate, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, schedule(config.schedule, config.steps, config.warmup_ratio)
+    )
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     ema = Ema(engine.module, config.ema_decay)
     start = resume(engine, ema, run)

@@ -29,8 +29,9 @@ from training.data.pictures import Pictures
 from training.diffusion_math import kl_to_standard_normal
 from training.ema import Ema
 from training.features import features_at_hand, perceptual
-from training.picture_stage import as_pictures, as_pixels, norm_groups, prepare_pictures, rate, resume, save
+from training.picture_stage import as_pictures, as_pixels, norm_groups, prepare_pictures, resume, save
 from training.run import Run, save_model
+from training.schedules import schedule
 from training.seeds import derived_seed
 from training.sheet import write_sheet
 
@@ -51,7 +52,9 @@ def run(config: ImageVaeConfig, run: Run) -> None:
     betas = (0.5, 0.9) if config.adversarial_weight else (0.9, 0.999)  # an adversary's past is soon out of date
     groups = zero.parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, schedule(config.schedule, config.steps, config.warmup_ratio)
+    )
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     ema = Ema(engine.module, config.ema_decay)
     start = resume(engine, ema, run)

@@ -17,7 +17,6 @@ from training.data.captions import Captioned, read_captioned
 from training.data.pictures import Pictures, write_pictures
 from training.data.records import DataError
 from training.data.split import held_out, normalised, split
-from training.diffusion_math import cosine_to_zero
 from training.ema import Ema
 from training.run import Run, StageError, folder_atomic
 
@@ -71,14 +70,6 @@ def _split_pictures(records: Sequence[Captioned], run: Run) -> tuple[list[Captio
         own = record.key if record.key != normalised(record.caption) else f"{record.key}\0{number}"
         sides[held_out(own, run.seed, run.val_fraction)].append(record)
     return sides
-
-
-def rate(config: PicturesConfig) -> Callable[[int], float]:
-    """Learning-rate multiplier at optimiser step 0, 1, ...: linear warm-up, then the config's schedule."""
-    warmup = round(config.warmup_ratio * config.steps)
-    if config.schedule == "constant":
-        return lambda step: min(1.0, (step + 1) / (warmup + 1))
-    return lambda step: cosine_to_zero(step, config.steps, warmup)
 
 
 def norm_groups(channels: Sequence[int]) -> int:

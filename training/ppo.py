@@ -23,12 +23,12 @@ from training.config import LoraConfig, PPOConfig
 from training.data.prompts import read_prompts
 from training.data.split import split
 from training.ppo_engines import RemoteRollouts
-from training.ppo_math import warmed_up
 from training.ppo_models import RewardModel, frozen_copy, load_scorer
 from training.ppo_rollout import Rollouts
 from training.ppo_trainer import PPOModels, PPOTrainer, Reward, autocast_like
 from training.pretrained import pretrained
 from training.run import Run, StageError
+from training.schedules import schedule
 from training.tokenizer import encode_prompt
 from training.trainer import peft_config
 
@@ -100,9 +100,8 @@ def on_deepspeed(model: nn.Module, config: PPOConfig, run: Run, learning_rate: f
     groups = zero.parameter_groups(model, config.weight_decay)
     # eps as in Huang et al. 2024: gradients of a policy near its optimum are small, and should stay so.
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5)
-    warmup = math.ceil(config.warmup_ratio * config.num_rollouts * config.steps_per_rollout)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmed_up, warmup_steps=warmup))
-    return zero.initialize(model, config, run, optimizer, schedule)
+    rates = schedule("constant", config.num_rollouts * config.steps_per_rollout, config.warmup_ratio)
+    return zero.initialize(model, config, run, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates))
 
 
 def adapted(model: PreTrainedModel, lora: LoraConfig, task_type: str, **extra: Any) -> Any:

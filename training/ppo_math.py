@@ -123,8 +123,3 @@ def distinct_2(completions: Sequence[Sequence[int]]) -> float:
     """Different pairs of neighbouring tokens, as a part of all pairs; near 0 where one phrase is all that is said."""
     pairs = [pair for ids in completions for pair in pairwise(ids)]
     return len(set(pairs)) / max(1, len(pairs))
-
-
-def warmed_up(step: int, warmup_steps: int) -> float:
-    """The learning rate's factor at optimiser step 0, 1, …: a linear rise, then constant (Ouyang et al. 2022, C.4)."""
-    return min(1.0, (step + 1) / (warmup_steps + 1))

@@ -7,7 +7,6 @@ ZeRO-3 shards them.
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from training import zero
 from training.config import PretrainConfig, padded_vocab
 from training.data.text import PackedTokens, order, tokenize_to_shards
 from training.run import Run
+from training.schedules import schedule
 
 VAL_WINDOWS = 64  # of the held-out split, for the validations along the way; the last one reads all of it
 
@@ -40,7 +40,10 @@ def run(config: PretrainConfig, run: Run) -> None:
     optimizer = torch.optim.AdamW(
         zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        schedule(config.schedule, config.steps, config.warmup_ratio, config.min_lr_ratio, config.decay_ratio),
+    )
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     start = zero.resume(engine, run)
 
@@ -117,36 +120,6 @@ def model_config(config: PretrainConfig, vocab_size: int) -> GPT2Config | LlamaC
         tie_word_embeddings=True,
         use_cache=False,
     )
-
-
-# ---- schedule
-
-
-def schedule(config: PretrainConfig) -> Callable[[int], float]:
-    """Learning-rate multiplier at optimiser step 0, 1, ...: linear warm-up, then cosine or warm-up-stable-decay."""
-    warmup = math.ceil(config.warmup_ratio * config.steps)
-    shape = {"cosine": cosine, "wsd": wsd}[config.schedule]
-
-    def multiplier(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, config.steps - warmup)
-        return shape(min(progress, 1.0), config)
-
-    return multiplier
-
-
-def cosine(progress: float, config: PretrainConfig) -> float:
-    """From 1 at progress 0 to min_lr_ratio at 1 (Loshchilov & Hutter 2017, eq. 5)."""
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def wsd(progress: float, config: PretrainConfig) -> float:
-    """1 until the last decay_ratio of the steps, then linear to min_lr_ratio (Hu et al. 2024, MiniCPM, section 4)."""
-    if not config.decay_ratio:
-        return 1.0
-    left = min(1.0, (1 - progress) / config.decay_ratio)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
 
 
 # ---- loop

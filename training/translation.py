@@ -9,9 +9,8 @@ of which the first worker's memory does not hold a second copy, to validate with
 """
 
 import copy
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from training.config import TranslationConfig, padded_vocab
 from training.data.examples import Batches, Example, Examples, write_examples
 from training.data.pairs import Pair, counted, read_sides
 from training.run import Run, StageError, folder_atomic
+from training.schedules import schedule
 from training.subwords import train_subwords
 from training.trainer import peft_config
 from training.translation_validation import HeldOut, Validation
@@ -53,7 +53,9 @@ def run(config: TranslationConfig, run: Run) -> None:
     optimizer = torch.optim.AdamW(
         zero.parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-9
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, schedule(config.schedule, config.steps, config.warmup_ratio)
+    )
     engine = zero.initialize(model, config, run, optimizer, scheduler)
     start = zero.resume(engine, run)
     validation.rewind(start)
@@ -200,28 +202,6 @@ def fresh_model(config: TranslationConfig, tokenizer: Any) -> MarianMTModel:
         decoder_start_token_id=pad,
     )
     return model
-
-
-# ---- schedule
-
-
-def schedule(config: TranslationConfig) -> Callable[[int], float]:
-    """Learning-rate multiplier at optimiser step 0, 1, ...: linear warm-up, then √(warm-up/step), or cosine to 0.
-
-    Vaswani et al. 2017, eq. 3, scaled to 1 at its peak; Loshchilov & Hutter 2017, eq. 5.
-    """
-    warmup = max(1, math.ceil(config.warmup_ratio * config.steps))
-
-    def multiplier(step: int) -> float:
-        taken = step + 1
-        if taken < warmup:
-            return taken / warmup
-        if config.schedule == "inverse_sqrt":
-            return math.sqrt(warmup / taken)
-        progress = (taken - warmup) / max(1, config.steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return multiplier
 
 
 # ---- loop
