@@ -25,6 +25,7 @@ from training.data.records import DataError
 from training.data.split import split, unseen
 from training.judges import Judge, judge
 from training.run import Run, StageError, read_jsonl, write_atomic
+from training.seeds import derived_seed
 from training.tokenizer import encode_prompt
 
 SAMPLED_AT_ONCE = 64  # sequences in the engine
@@ -85,7 +86,9 @@ def sample(config: RankConfig, run: Run) -> None:
             asked = [(prompt, k) for prompt in batch for k in range(config.num_completions)]
             ids = [encode_prompt(tokenizer, prompt.messages) for prompt, _ in asked]
             params = [
-                SamplingParams(config.max_new_tokens, config.temperature, seed=_seed(run.seed, prompt, k))
+                SamplingParams(
+                    config.max_new_tokens, config.temperature, seed=derived_seed(run.seed, prompt.identity, k)
+                )
                 for prompt, k in asked
             ]
             sampled = iter(engine.generate_all(ids, params))
@@ -131,11 +134,6 @@ def choose_prompts(config: RankConfig, run: Run, fits: Callable[[Prompt], bool])
             f"from, and {len(chosen)} of them leave room for a completion"
         )
     return chosen
-
-
-def _seed(seed: int, prompt: Prompt, k: int) -> int:
-    digest = hashlib.sha256(f"{seed}\0{prompt.identity}\0{k}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 # ---- rankings
