@@ -38,7 +38,6 @@ class Node:
     ip: str
     namespace: str | None
     process: "subprocess.Popen[bytes]"
-    leaving: bool = False  # it may end at any moment
 
     def family(self) -> list[psutil.Process]:
         """Every process of this node."""
@@ -96,8 +95,7 @@ class Cluster:
     def add(self, cpus: int = 1) -> int:
         """Join one more node; returns its index when the head has seen it."""
         self.nodes.append(self._start(len(self.nodes), cpus))
-        there = [n for n in self.nodes if n.process.poll() is None and not n.leaving]
-        self._wait(len(there), self.nodes[-1])
+        self._wait(self.nodes[-1])
         return len(self.nodes) - 1
 
     def kill(self, index: int) -> None:
@@ -112,27 +110,22 @@ class Cluster:
 
     def drain(self, index: int) -> None:
         """Tell Ray that a node will go, as a cloud's notice of preemption does."""
-        code = (
-            "import ray, sys, time\n"
+        told = self._ask(
             "from ray.core.generated.autoscaler_pb2 import DrainNodeReason\n"
-            "ray.init(log_to_driver=False, logging_level='ERROR')\n"
-            "(node,) = [n for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == sys.argv[1]]\n"
+            "(node,) = [n for n in nodes if n.node_manager_address == sys.argv[2]]\n"
             "reason = DrainNodeReason.Value('DRAIN_NODE_REASON_PREEMPTION')\n"
-            "deadline = int((time.time() + 600) * 1000)\n"
-            "gcs = ray._raylet.GcsClient(address=sys.argv[2])\n"
-            "done, why = gcs.drain_node(node['NodeID'], reason, 'a test', deadline)\n"
-            "assert done, why\n"
+            "done, why = gcs.drain_node(node.node_id.hex(), reason, 'a test', int((time.time() + 600) * 1000))\n"
+            "assert done, why\n",
+            self.node_ip(index),
         )
-        words = [*self.command(0), sys.executable, "-c", code, self.node_ip(index), self.address]
-        subprocess.run(words, env=self.env, check=True)
-        self.nodes[index].leaving = True
+        assert told.returncode == 0, told.stderr
 
     def restart_head(self, cpus: int = 1) -> None:
         """Kill the head and start it anew at the same address: it remembers nothing."""
         self.kill(0)
         self._rename_session()
         self.nodes[0] = self._start(0, cpus)
-        self._wait(1, self.nodes[0])
+        self._wait(self.nodes[0])
 
     def _rename_session(self) -> None:
         with suppress(OSError):
@@ -192,30 +185,25 @@ class Cluster:
     def _port(self) -> int:
         return int((self.scratch / "port").read_text())
 
-    def _wait(self, count: int, new: Node) -> None:
-        """Until the head counts `count` living nodes, `new` among them."""
-        code = (
-            "import ray\n"
-            "ray.init(log_to_driver=False, logging_level='ERROR')\n"
-            "gone = ray._private.state.state.get_draining_nodes()\n"
-            "print(*(n['NodeManagerAddress'] for n in ray.nodes() if n['Alive'] and n['NodeID'] not in gone))\n"
-        )
+    def _wait(self, new: Node) -> None:
+        """Until the head knows `new`."""
         deadline, said = time.monotonic() + 120, ""
         while time.monotonic() < deadline:
             assert new.process.poll() is None, self._log()
-            asked = subprocess.run(
-                [*self.command(0), sys.executable, "-c", code],
-                env=self.env,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            asked = self._ask("print(*(n.node_manager_address for n in nodes if not n.state))")
             said = asked.stdout + asked.stderr
-            alive = asked.stdout.splitlines()[-1].split() if asked.returncode == 0 else []
-            if len(alive) >= count and new.ip in alive:
+            there = [node for node in self.nodes if node.ip == new.ip and node.process.poll() is None]
+            if asked.returncode == 0 and asked.stdout.split().count(new.ip) >= len(there):
                 return
-            time.sleep(0.5)
-        raise AssertionError(f"{count} nodes never came up: {said[-1000:]} {self._log()}")
+            time.sleep(0.3)
+        raise AssertionError(f"{new.ip} never came up: {said[-1000:]} {self._log()}")
+
+    def _ask(self, code: str, *words: str) -> "subprocess.CompletedProcess[str]":
+        """What a program says that has `gcs`, a client of the head's control service, and `nodes`: no driver starts."""
+        client = "gcs = ray._raylet.GcsClient(address=sys.argv[1])\nnodes = gcs.get_all_node_info().values()\n"
+        code = f"import ray, sys, time\n{client}{code}"
+        command = [*self.command(0), sys.executable, "-c", code, self.address, *words]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
 
     def _log(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.scratch.glob("node-*.log")))

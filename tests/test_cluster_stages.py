@@ -64,6 +64,13 @@ def wait_for_step(folder, name, stage, step, process):
         time.sleep(0.02)
 
 
+def wait_for(happened, process):
+    deadline = time.monotonic() + WAIT
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def finish(process, folder, name):
     assert process.wait(2 * WAIT) == 0, said(folder, name)[-3000:]
 
@@ -73,44 +80,26 @@ def stop(process, folder, name):
     assert process.wait(WAIT) == 143, said(folder, name)[-3000:]
 
 
-@pytest.mark.timeout(600)
-def test_a_node_that_will_go_is_left_with_a_checkpoint(cluster, folder):
-    """Nobody would have made one: checkpoint_every is beyond the last step."""
-    process = start(cluster, folder, "preempted", "long.yaml")
-    wait_for_step(folder, "preempted", "pretrain", 20, process)
-    cluster.drain(-1)
-    run = Run(folder / "runs" / "preempted", "pretrain")
-    while run.latest_checkpoint() is None:
-        assert process.poll() is None, said(folder, "preempted")[-3000:]
-        time.sleep(0.05)
-    step, _ = run.latest_checkpoint()
-    saved = time.time()
+@pytest.mark.timeout(900)
+def test_a_stage_takes_the_workers_of_a_node_that_comes_and_leaves_one_that_will_go(cluster, folder):
+    """With a checkpoint at once: nobody else would have made one, checkpoint_every is beyond the last step."""
+    process = start(cluster, folder, "moved", "long.yaml", "--workers", "1..2", "--set", "pretrain.micro_batch_size=4")
+    run = Run(folder / "runs" / "moved", "pretrain")
+    wait_for_step(folder, "moved", "pretrain", 20, process)
     cluster.add(1)
-    wait_for_step(folder, "preempted", "pretrain", step + 100, process)
-    stop(process, folder, "preempted")
-    assert "nodes come or go" in said(folder, "preempted") and "a worker died" not in said(folder, "preempted")
+    wait_for(lambda: re.search("1 workers .*nodes come or go.*2 workers", said(folder, "moved"), re.DOTALL), process)
+    grown, _ = run.latest_checkpoint()
+    wait_for_step(folder, "moved", "pretrain", grown + 20, process)
+    cluster.drain(-2)  # the first worker's
+    wait_for(lambda: run.latest_checkpoint()[0] > grown, process)
+    step, saved = run.latest_checkpoint()[0], time.time()
+    wait_for_step(folder, "moved", "pretrain", step + 20, process)
+    stop(process, folder, "moved")
+    told = said(folder, "moved")
+    assert re.findall(r"pretrain: (\d) workers", told) == ["1", "2", "1"] and "a worker died" not in told
     lines = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert 20 <= step == sum(line["time"] < saved for line in lines)  # those before it were not taken again
-
-
-@pytest.mark.timeout(600)
-def test_a_stage_takes_the_workers_that_a_new_node_has_room_for(cluster, folder):
-    process = start(cluster, folder, "grown", "long.yaml", "--workers", "1..2", "--set", "pretrain.micro_batch_size=4")
-    wait_for_step(folder, "grown", "pretrain", 20, process)
-    cluster.add(1)
-    grown = re.compile("pretrain: 1 workers .*nodes come or go.*pretrain: 2 workers", re.DOTALL)
-    deadline = time.monotonic() + WAIT
-    while not grown.search(said(folder, "grown")):
-        assert process.poll() is None and time.monotonic() < deadline, said(folder, "grown")[-3000:]
-        time.sleep(0.05)
-    run = Run(folder / "runs" / "grown", "pretrain")
-    wait_for_step(folder, "grown", "pretrain", run.metrics()[-1]["step"] + 100, process)
-    stop(process, folder, "grown")
-    assert "a worker died" not in said(folder, "grown")
-    steps = [line["step"] for line in run.metrics() if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
-    cluster.kill(-2)  # the worker's node is the last again
+    assert step == sum(line["time"] < saved for line in lines)  # those before it were not taken again
 
 
 @asked

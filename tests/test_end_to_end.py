@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,10 +107,19 @@ def kill_ray(process):
         server.kill()
 
 
-KILLS = {"worker": kill_worker, "driver": kill_driver, "ray": kill_ray}
-# Each kind once, in a stage of our own loop and in one of transformers' Trainer; KILL=rest in the environment takes the
-# others: both together are every kind in every stage.
-FIRST = {"pretrain": ["worker", "ray"], "sft": ["driver"]}
+def interrupt(process):
+    """Ctrl-C: it says 130, and leaves no process."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT) == 130
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+KILLS = {"worker": kill_worker, "driver": kill_driver, "ray": kill_ray, "user": interrupt}
+# In a stage of our own loop and in one of transformers' Trainer; KILL=rest in the environment takes the others: both
+# together are every kind in every stage.
+FIRST = {"pretrain": ["worker", "user"], "sft": ["driver"]}
 REST = {stage: [kind for kind in KILLS if kind not in FIRST.get(stage, [])] for stage in TRAINED}
 KILLED = REST if os.environ.get("KILL") == "rest" else FIRST
 
@@ -152,17 +160,6 @@ def test_a_report_can_be_drawn(undisturbed):
 
     page = write_report(undisturbed).read_text("utf-8")
     assert re.search("ppo", page, re.IGNORECASE)
-
-
-def test_ctrl_c_ends_with_130_and_leaves_no_process(folder, undisturbed):
-    shutil.copytree(undisturbed / "tokenizer", folder / "runs" / "interrupted" / "tokenizer")
-    process = start(folder, "interrupted")
-    wait_for_step(Run(folder / "runs" / "interrupted", "pretrain"), 2, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(WAIT) == 130
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive
 
 
 def test_nothing_is_left_behind(undisturbed):
