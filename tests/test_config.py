@@ -36,6 +36,7 @@ def test_stages_are_the_recipe_fields_that_hold_a_stage():
         ("pretrain.tokens=-5", ["pretrain.tokens", "-5", "greater than 0"]),
         ("pretrain.architecture=bert", ["pretrain.architecture", "'bert'", "gpt2"]),
         ("pretrain.hidden_size=30", ["hidden_size=30", "num_heads=4"]),
+        ("ppo={prompts: [a], total_episodes: 1, gradient_checkpointing: true}", ["ppo", "lower micro_batch_size"]),
         ("pretrain.zero_stage=4", ["pretrain.zero_stage", "4", "3"]),
         ("seed=one", ["seed", "'one'"]),
         ("pretrain", ["stage.field=value"]),

@@ -164,11 +164,11 @@ def test_micro_batches_and_workers_are_no_matter_of_what_is_learnt(make_run, tmp
     assert validations(both) == pytest.approx(validations(whole), abs=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_every_zero_stage_gives_the_same_losses(make_run, zero_stage):
-    config, reference = make_run("reference")
+@pytest.mark.parametrize(("zero_stage", "net"), [(0, DIT), (3, NET)])
+def test_every_zero_stage_and_blocks_that_are_computed_again_give_the_same_losses(make_run, zero_stage, net):
+    config, reference = make_run("reference", **net)
     image.run(config, reference)
-    config, sharded = make_run("sharded", zero_stage=zero_stage)
+    config, sharded = make_run("sharded", **net, zero_stage=zero_stage, gradient_checkpointing=True)
     image.run(config, sharded)
     assert losses(sharded) == pytest.approx(losses(reference), abs=1e-5)
     assert validations(sharded) == pytest.approx(validations(reference), abs=1e-5)
@@ -471,6 +471,14 @@ def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_losses(
         return make_vae_run(name, adversarial_weight=adversarial_weight)
 
     goes_on_with_the_same_losses(image_vae, make, at=5)
+
+
+def test_an_autoencoders_blocks_that_are_computed_again_give_the_same_losses(make_vae_run):
+    config, reference = make_vae_run("reference", adversarial_weight=0.5)
+    image_vae.run(config, reference)
+    config, again = make_vae_run("again", adversarial_weight=0.5, gradient_checkpointing=True)
+    image_vae.run(config, again)
+    assert losses(again) == pytest.approx(losses(reference), abs=1e-5)
 
 
 def test_an_adversary_learns_to_tell_pictures_and_then_teaches_the_decoder(make_vae_run):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from training import pretrain, zero
 from training.config import PretrainConfig
@@ -57,11 +58,24 @@ def test_micro_batches_are_a_matter_of_memory_alone(make_run):
     assert losses(parts) == pytest.approx(losses(whole), abs=2e-3)
 
 
+def test_blocks_that_are_computed_again_change_nothing(make_run, monkeypatch):
+    passes, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: passes.append(self.training) or forward(self, x))
+    counts = []
+    for name, again in (("kept", False), ("again", True)):
+        config, run = make_run(name, gradient_checkpointing=again)
+        pretrain.run(config, run)
+        counts.append(sum(passes))
+        passes.clear()
+    assert counts[1] == 2 * counts[0]
+    assert losses(run) == losses(Run(run.root.parent / "kept", "pretrain"))
+
+
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_every_zero_stage_gives_the_same_model(make_run, zero_stage):
     config, reference = make_run("reference")
     pretrain.run(config, reference)
-    config, sharded = make_run("sharded", zero_stage=zero_stage)
+    config, sharded = make_run("sharded", zero_stage=zero_stage, gradient_checkpointing=zero_stage == 3)
     pretrain.run(config, sharded)
     assert losses(sharded) == pytest.approx(losses(reference), abs=2e-3)
     ids = torch.arange(20)[None] + 10

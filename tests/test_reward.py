@@ -103,8 +103,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(make_run, goes_on_w
 
 
 def test_lora_is_merged_and_the_head_is_trained(make_run):
-    config, run = make_run(lora={"r": 4, "alpha": 8}, learning_rate=2e-2)
+    """So it is where blocks are computed again."""
+    settings = {"lora": {"r": 4, "alpha": 8}, "learning_rate": 2e-2}
+    config, again = make_run("again", **settings, gradient_checkpointing=True)
+    reward.run(config, again)
+    config, run = make_run(**settings)
     reward.run(config, run)
+    assert losses(again) == pytest.approx(losses(run), abs=1e-4)
     model = AutoModelForSequenceClassification.from_pretrained(run.model)
     assert model.score.weight.abs().sum() > 0
     assert not (run.model / "adapter_config.json").exists()

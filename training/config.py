@@ -46,9 +46,10 @@ class OptimizerConfig(StageConfig):
     max_grad_norm: Rate = 1.0
     dtype: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # what DeepSpeed shards: optimiser, gradients, parameters
+    gradient_checkpointing: bool = False  # a block keeps its input alone and is computed again in the backward pass
     checkpoint_every: Positive = 50  # optimiser steps
 
-    runtime: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
+    runtime: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing", "checkpoint_every"})
 
 
 class TrainingConfig(OptimizerConfig):
@@ -208,6 +209,12 @@ class PPOConfig(TrainingConfig):
     lora: LoraConfig | None = None
 
     runtime: ClassVar[frozenset[str]] = TrainingConfig.runtime | {"rollout_engines"}
+
+    @model_validator(mode="after")
+    def _blocks_keep_what_they_compute(self) -> Self:
+        if self.gradient_checkpointing:  # transformers has it for modules in training mode; ours have their dropout off
+            raise ValueError("gradient_checkpointing=true is not for ppo: lower micro_batch_size instead")
+        return self
 
     @property
     def num_rollouts(self) -> int:

@@ -10,7 +10,7 @@ which the first worker's memory does not hold a second copy, to draw with.
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +122,6 @@ class Denoiser(torch.nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, captions: dict[str, Tensor]) -> Tensor:
         """The prediction [B, C, h, w] for noisy latents of that shape at timesteps [B], 0 to 1000."""
-        # On CPU the fused kernel's backward takes longer than that of plain products, at the few tokens that there are.
-        with sdpa_kernel(SDPBackend.MATH) if noisy.device.type == "cpu" else nullcontext():
-            return self._predicted(noisy, timesteps, captions)
-
-    def _predicted(self, noisy: Tensor, timesteps: Tensor, captions: dict[str, Tensor]) -> Tensor:
         mask = captions["mask"]
         states = captions.get("states")
         parts = self._parts[0]
@@ -212,11 +207,17 @@ def _train_step(
     total = 0.0
     for positions in shard(batch, run.rank, run.workers, passes):
         seeds = [derived_seed(run.seed, step, position) for position in positions.tolist()]
-        loss = _loss(engine, data, objective, batch[positions].tolist(), seeds, config.caption_dropout)
-        engine.backward(loss)
+        with _attention(run.device):
+            loss = _loss(engine, data, objective, batch[positions].tolist(), seeds, config.caption_dropout)
+            engine.backward(loss)
         engine.step()
         total += loss.item() / passes
     return zero.mean_over_workers(total)
+
+
+def _attention(device: str) -> AbstractContextManager[None]:
+    """On CPU the fused kernel's backward takes longer than that of plain products, at the few tokens that there are."""
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 
 def _loss(
@@ -244,7 +245,8 @@ def _held_out_loss(engine: Any, data: Data, objective: Objective, run: Run, coun
     for number in range(run.rank, -(-len(chunks) // run.workers) * run.workers, run.workers):
         indices = chunks[min(number, len(chunks) - 1)]
         seeds = [derived_seed(run.seed, VALIDATION, index) for index in indices]
-        loss = _loss(engine, data, objective, indices, seeds, 0.0).item()
+        with _attention(run.device):
+            loss = _loss(engine, data, objective, indices, seeds, 0.0).item()
         total += loss * len(indices) if number < len(chunks) else 0.0
     engine.train()
     return zero.sum_over_workers([total])[0] / len(data.pictures)
