@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from services.app import free_port
 
 ROOT = Path(__file__).parents[1]
 NETNS = Path("/etc/netns")  # what `ip netns exec` puts in the place of files in /etc
@@ -138,11 +139,11 @@ class Cluster:
             settings |= {"port": GCS_PORT if self.subnet else self._port, "temp-dir": self.scratch}
             settings |= {"include-dashboard": "true" if self.dashboard else "false", "dashboard-host": ip}
             settings |= {"dashboard-port": self.dashboard.rpartition(":")[2] or DASHBOARD_PORT}
-            settings |= {"ray-client-server-port": _free_port()}
+            settings |= {"ray-client-server-port": free_port()}
         else:
             settings |= {"address": self.address}
         if not self.subnet:
-            settings |= {"dashboard-agent-listen-port": _free_port()}
+            settings |= {"dashboard-agent-listen-port": free_port()}
         words = [f"--{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
         enter = self._enter(namespace, index)
@@ -228,11 +229,11 @@ def cluster(nodes: int = 2, cpus: int = 1, dashboard: bool = False, disk: Path |
     With `disk`, what they write below that folder each sees alone: needs namespaces.
     """
     scratch = Path(tempfile.mkdtemp(prefix="cf"))  # Ray's sockets live there: the path must stay short
-    (scratch / "port").write_text(str(_free_port()))
+    (scratch / "port").write_text(str(free_port()))
     subnet = _bridge()
     made = Cluster(scratch, "", secrets.token_hex(16), subnet=subnet, disk=disk)
     if dashboard:
-        made.dashboard = f"http://{subnet}.2:{DASHBOARD_PORT}" if subnet else f"http://127.0.0.1:{_free_port()}"
+        made.dashboard = f"http://{subnet}.2:{DASHBOARD_PORT}" if subnet else f"http://127.0.0.1:{free_port()}"
     try:
         for _ in range(nodes):
             made.add(cpus)
@@ -277,9 +278,3 @@ def _ip(*words: str) -> str:
 def _clean() -> dict[str, str]:
     """Our environment without what an outer Ray or launcher has set."""
     return {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ("RANK", "WORLD_SIZE")}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import zero
+from services.app import free_port
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 # Nobody checks it, but a caller without one is a stranger.
@@ -72,7 +72,7 @@ class S3:
 
 @contextmanager
 def s3_server(log: Path, host: str = "127.0.0.1") -> Iterator[S3]:
-    port = zero._free_port()
+    port = free_port()
     words = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     with log.open("wb") as file:
         server = subprocess.Popen(words, stdout=file, stderr=file)

@@ -16,9 +16,10 @@ from typing import Any
 
 import grpc
 import pytest
-from services_world import environment, eventually, free_port
+from services_world import environment, eventually
 
 from chatforge.v1 import chat_pb2, chat_pb2_grpc, common_pb2
+from services.app import free_port
 from services.client import AsyncClient, CallError, Client
 
 FIRST, SECOND, THIRD = (f"127.0.0.{n}" for n in (1, 2, 3))  # addresses that Linux has without being told

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from scripted_dashboard import CUT, scripted
-from services_world import free_port
 
+from services.app import free_port
 from services.dashboard import RAY, ClusterError, Dashboard, JobError, dashboard_at, known_cause
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from scripted_dashboard import CUT, Scripted, scripted
-from services_world import environment, free_port, run_command
+from services_world import environment, run_command
 
 from services import jobs
+from services.app import free_port
 from services.dashboard import ClusterError, Dashboard, Job, JobError
 from services.packing import Package
 

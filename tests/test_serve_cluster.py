@@ -20,8 +20,9 @@ import psutil
 import pytest
 import yaml
 from nodes import Cluster, can_have_namespaces, cluster
-from services_world import LIMITS, eventually, free_port, start_command, that_never_ends
+from services_world import LIMITS, eventually, start_command, that_never_ends
 
+from services.app import free_port
 from services.client import CallError, Client
 from services.serve_config import servicer_functions
 

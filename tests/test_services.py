@@ -16,9 +16,10 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from services_world import LIMITS, Server, eventually, free_port, run_command, serving, that_never_ends
+from services_world import LIMITS, Server, eventually, run_command, serving, that_never_ends
 
 from chatforge.v1 import chat_pb2, chat_pb2_grpc
+from services.app import free_port
 from services.client import AsyncClient, CallError, Client
 from services.console import CUT
 from services.transport import DETAILS_KEY
@@ -291,7 +292,7 @@ def test_overload_is_refused_at_once_and_ends(server: Server, client: Client) ->
     streams = [client.stream_chat("a", model="long", max_new_tokens=LONG, seed=5) for _ in range(SLOTS)]
     for stream in streams:
         next(stream)
-    with ThreadPoolExecutor(WAITING) as pool, Client(server.address, timeout=60) as patient:
+    with ThreadPoolExecutor(WAITING) as pool, Client(server.address, timeout=60, retries=60) as patient:
         waiting = [pool.submit(patient.chat, "a", model="long", max_new_tokens=2) for _ in range(WAITING)]
         refused = first_refusal(server)
         assert "too many requests wait for this model" in refused.details()

@@ -15,9 +15,10 @@ from google.rpc.status_pb2 import Status
 from image_world import tiny_folder
 from malformed_images import LIMITS, MODEL, ROOMY, malformed, picture, request_of
 from PIL import Image
-from services_world import Server, eventually, free_port, run_command, serving
+from services_world import Server, eventually, run_command, serving
 
 from chatforge.v1 import image_pb2_grpc
+from services.app import free_port
 from services.client import AsyncClient, CallError, Client, ImageReply, StepProgress
 from services.transport import DETAILS_KEY
 

@@ -14,9 +14,10 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
-from services_world import LIMITS, Server, environment, eventually, free_port, run_command, serving
+from services_world import LIMITS, Server, environment, eventually, run_command, serving
 
 from chatforge.v1 import common_pb2, translation_pb2, translation_pb2_grpc
+from services.app import free_port
 from services.client import AsyncClient, CallError, Client, LanguagePair
 from services.interpreter import CUT
 from services.replies import stream_translate_request, translate_request

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training import zero
+from services.app import free_port
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
@@ -29,7 +29,7 @@ def two_workers(stage, config, root, val_fraction=0.05):
 
 def two_processes(code, given):
     """The same of two processes that run `code`, each with its RANK."""
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(zero._free_port())}
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
     workers = [
         subprocess.Popen(

@@ -10,7 +10,6 @@ import math
 import os
 import random
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,10 +41,8 @@ def init_distributed(device: str) -> None:
     """
     os.environ.update(ENVIRONMENT)
     os.environ["DS_ACCELERATOR"] = device
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for key, value in alone.items():
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     import deepspeed
     import deepspeed.ops
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -55,6 +52,8 @@ def init_distributed(device: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():  # one alone needs no port to meet at
+        dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend(device), auto_mpi_discovery=False, verbose=False)
 
 
@@ -392,9 +391,3 @@ def _is_sharded(model: torch.nn.Module) -> bool:
 
 def _collective_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
