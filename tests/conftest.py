@@ -211,5 +211,19 @@ def bucket(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return s3.bucket(f"b-{uuid.uuid4().hex[:12]}")
 
 
+@pytest.fixture
+def nothing_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3 every parameter is sharded: by default DeepSpeed keeps those whole that tiny models have."""
+    from training import zero
+
+    settings = zero.deepspeed_config
+
+    def sharded(config: Any, run: Any) -> dict[str, Any]:
+        made = settings(config, run)
+        return made | {"zero_optimization": made["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+
+    monkeypatch.setattr(zero, "deepspeed_config", sharded)
+
+
 def losses(run: Any) -> list[float]:
     return [line["loss"] for line in run.metrics() if "loss" in line]

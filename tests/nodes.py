@@ -113,7 +113,7 @@ class Cluster:
         """Tell Ray that a node will go, as a cloud's notice of preemption does."""
         told = self._ask(
             "from ray.core.generated.autoscaler_pb2 import DrainNodeReason\n"
-            "(node,) = [n for n in nodes if n.node_manager_address == sys.argv[2]]\n"
+            "(node,) = [n for n in nodes if n.node_manager_address == sys.argv[2] and not n.state]\n"
             "reason = DrainNodeReason.Value('DRAIN_NODE_REASON_PREEMPTION')\n"
             "done, why = gcs.drain_node(node.node_id.hex(), reason, 'a test', int((time.time() + 600) * 1000))\n"
             "assert done, why\n",
@@ -187,7 +187,7 @@ class Cluster:
         return int((self.scratch / "port").read_text())
 
     def _wait(self, new: Node) -> None:
-        """Until the head knows `new`."""
+        """Until the head knows `new`; it counts nodes where they have one address, as they do without namespaces."""
         deadline, said = time.monotonic() + 120, ""
         while time.monotonic() < deadline:
             assert new.process.poll() is None, self._log()

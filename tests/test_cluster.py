@@ -26,6 +26,17 @@ def nodes():
         yield made
 
 
+@pytest.fixture
+def two_nodes(nodes):
+    while len(living(nodes)) < 2:
+        nodes.add(1)
+    return nodes
+
+
+def living(nodes):
+    return [index for index, node in enumerate(nodes.nodes) if node.process.poll() is None]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_world):
     folder = tmp_path_factory.mktemp("cluster")
@@ -90,6 +101,8 @@ def test_on_two_nodes_stopped_by_sigterm_it_goes_on_to_the_losses_of_the_laptop(
     The first SIGTERM comes early: the checkpoint is of the step it was at. The second comes after the last step, where
     none is left that could make a checkpoint: the stage ends, its manifest is written, and no other starts.
     """
+    for other in living(nodes)[1:]:
+        nodes.kill(other)
     begin_with_the_tokenizer_of_the_laptop(folder, "stopped")
     rare = ("--workers", "2", "--set", "pretrain.checkpoint_every=1000", "--set", "pretrain.eval_every=1000")
     words = (*rare, "--set", "evaluate={num_prompts: 4, max_new_tokens: 4}")
@@ -123,11 +136,11 @@ def test_stopped_in_a_stage_without_checkpoints_it_starts_no_other(nodes, folder
 
 
 @pytest.mark.timeout(1200)
-def test_too_many_workers_are_refused_with_what_is_missing(nodes, folder, laptop):
+def test_too_many_workers_are_refused_with_what_is_missing(two_nodes, folder, laptop):
     begin_with_the_tokenizer_of_the_laptop(folder, "many")
-    env = {**nodes.env, "CHATFORGE_PLACEMENT_TIMEOUT_S": "2"}
+    env = {**two_nodes.env, "CHATFORGE_PLACEMENT_TIMEOUT_S": "2"}
     process = start(
-        folder, "many", "--workers", "4", "--set", "pretrain.micro_batch_size=2", before=nodes.command(0), env=env
+        folder, "many", "--workers", "4", "--set", "pretrain.micro_batch_size=2", before=two_nodes.command(0), env=env
     )
     finish(process, folder, "many", code=2)
     missing = r"error: pretrain: needs 4 workers of 1 CPU.*the cluster holds 2 .*Missing: 2 more CPU"
@@ -135,12 +148,12 @@ def test_too_many_workers_are_refused_with_what_is_missing(nodes, folder, laptop
 
 
 @pytest.mark.timeout(1200)
-def test_a_node_is_lost(nodes, folder, laptop):
+def test_a_node_is_lost(two_nodes, folder, laptop):
     """With 1..2 workers one is left."""
     begin_with_the_tokenizer_of_the_laptop(folder, "lost")
-    process = start(folder, "lost", "--workers", "1..2", before=nodes.command(0), env=nodes.env)
+    process = start(folder, "lost", "--workers", "1..2", before=two_nodes.command(0), env=two_nodes.env)
     wait_for_step(folder, "lost", 30, process)
-    nodes.kill(1)
+    two_nodes.kill(living(two_nodes)[-1])
     finish(process, folder, "lost")
     assert re.search("pretrain: 2 workers .*a worker died .*pretrain: 1 workers", said(folder, "lost"), re.DOTALL)
     assert losses(folder, "lost") == pytest.approx(laptop, abs=1e-3)

@@ -165,7 +165,9 @@ def test_micro_batches_and_workers_are_no_matter_of_what_is_learnt(make_run, tmp
 
 
 @pytest.mark.parametrize(("zero_stage", "net"), [(0, DIT), (3, NET)])
-def test_every_zero_stage_and_blocks_that_are_computed_again_give_the_same_losses(make_run, zero_stage, net):
+def test_zero_stages_and_blocks_that_are_computed_again_give_the_same_losses(
+    make_run, nothing_stays_whole, zero_stage, net
+):
     config, reference = make_run("reference", **net)
     image.run(config, reference)
     config, sharded = make_run("sharded", **net, zero_stage=zero_stage, gradient_checkpointing=True)

@@ -12,6 +12,7 @@ def test_a_constant_rate_is_reached_after_the_warm_up():
 
 def test_a_part_of_a_step_is_a_step():
     assert schedule("constant", 10, 0.11)(1) == pytest.approx(2 / 3)
+    assert schedule("constant", 100, 0.07)(7) == 1.0 > schedule("constant", 100, 0.07)(6)
 
 
 @pytest.mark.parametrize(("lowest", "half_way"), [(0.0, 0.5), (0.1, 0.55)])

@@ -114,8 +114,10 @@ def _patient_beside(world: Any) -> Any:
 def _leave_groups() -> None:
     """At a process's end: a thread of gloo that still ends a collective then aborts it (some 3 in 100 did).
 
-    NCCL's are left as they are: leaving waits for ranks that may be gone.
+    A group of NCCL's is not left: that would wait for ranks that may be gone.
     """
+    if dist.is_initialized() and _patient_beside.cache_info().currsize:
+        dist.destroy_process_group(_patient())
     _patient_beside.cache_clear()  # what holds a group holds its threads
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()

@@ -216,7 +216,10 @@ def _train_step(
 
 
 def _attention(device: str) -> AbstractContextManager[None]:
-    """On CPU the fused kernel's backward takes longer than that of plain products, at the few tokens that there are."""
+    """On CPU the fused kernel's backward takes longer than that of plain products, at the few tokens that there are.
+
+    Round the backward pass too: blocks that are computed again in it need the same kernel.
+    """
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 

@@ -15,9 +15,9 @@ def schedule(
     - constant: 1.
     - cosine: down to min_lr_ratio (Loshchilov & Hutter 2017, eq. 5).
     - wsd: 1 until the last decay_ratio of the steps, then down in a line (Hu et al. 2024, MiniCPM, section 4).
-    - inverse_sqrt: √(warm-up/step), whatever `steps` (Vaswani et al. 2017, eq. 3, scaled to 1 at its peak).
+    - inverse_sqrt: √(warm-up/step), which goes on for ever (Vaswani et al. 2017, eq. 3, scaled to 1 at its peak).
     """
-    warmup = math.ceil(warmup_ratio * steps)
+    warmup = math.ceil(round(warmup_ratio * steps, 6))  # 0.07 × 100 is a little more than 7
 
     def after_warmup(progress: float) -> float:
         if kind == "cosine":

@@ -38,7 +38,7 @@ def trainer_arguments(config: TrainingConfig, run: Run, num_train_epochs: float)
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch",
         "bf16": False,  # DeepSpeed's torch_autocast does it
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing": config.gradient_checkpointing,
         "deepspeed": zero.deepspeed_config(config, run),
         "accelerator_config": {"use_configured_state": True},
         "dataloader_pin_memory": run.device == "cuda",
