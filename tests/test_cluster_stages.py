@@ -89,6 +89,10 @@ def test_a_stage_takes_the_workers_of_a_node_that_comes_and_leaves_one_that_will
     cluster.add(1)
     grows = re.compile("1 workers .*nodes come or go.*2 workers", re.DOTALL)
     wait_for(lambda: grows.search(said(folder, "moved")), process, folder, "moved")
+    grown, _ = run.latest_checkpoint()
+    wait_for_step(folder, "moved", "pretrain", grown + 20, process)
+    cluster.drain(-2)  # the first worker's
+    wait_for(lambda: run.latest_checkpoint()[0] > grown, process, folder, "moved")
     step, saved = run.latest_checkpoint()[0], time.time()
     wait_for_step(folder, "moved", "pretrain", step + 20, process)
     stop(process, folder, "moved")
