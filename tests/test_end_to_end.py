@@ -117,9 +117,9 @@ def interrupt(process):
 
 
 KILLS = {"worker": kill_worker, "driver": kill_driver, "ray": kill_ray, "user": interrupt}
-# In a stage of our own loop and in one of transformers' Trainer; KILL=rest in the environment takes the others, Ray's
-# own death among them: both together are every kind in every stage.
-FIRST = {"pretrain": ["worker", "user"], "sft": ["driver"]}
+# Each kind once, in a stage of our own loop and in one of transformers' Trainer; KILL=rest in the environment takes the
+# others: both together are every kind in every stage.
+FIRST = {"pretrain": ["worker", "user"], "sft": ["driver", "ray"]}
 REST = {stage: [kind for kind in KILLS if kind not in FIRST.get(stage, [])] for stage in TRAINED}
 KILLED = REST if os.environ.get("KILL") == "rest" else FIRST
 

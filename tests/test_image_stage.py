@@ -262,9 +262,10 @@ def test_two_workers_under_zero_3_end_with_the_average_of_one(make_run, make_vae
     """DeepSpeed keeps small parameters whole: their shards alone were averaged. Three pictures are held out, an odd
     number, of which one worker had one more to wait for."""
     made, file = {"image": (make_run, "unet/"), "image_vae": (make_vae_run, "")}[stage]
-    config, one = made("one", ema_decay=0.5, learning_rate=1e-2)
+    settings = {"ema_decay": 0.5, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+    config, one = made("one", **settings)
     {"image": image, "image_vae": image_vae}[stage].run(config, one)
-    config, _ = made("unused", ema_decay=0.5, learning_rate=1e-2, zero_stage=3, micro_batch_size=2)
+    config, _ = made("unused", **settings, zero_stage=3, micro_batch_size=2)
     codes, told = two_workers(stage, config, tmp_path / "both", 0.2)
     assert codes == [0, 0], told
     both = Run(tmp_path / "both", stage)
@@ -272,7 +273,7 @@ def test_two_workers_under_zero_3_end_with_the_average_of_one(make_run, make_vae
     ours, theirs = map(load_file, paths)
     assert len(Pictures(one.folder / "val")) % 2
     assert all(torch.allclose(theirs[name], tensor, atol=1e-3) for name, tensor in ours.items())
-    assert validations(both) == pytest.approx(validations(one), rel=1e-3)
+    assert validations(both) == pytest.approx(validations(one), abs=1e-4)
 
 
 def test_few_captions_of_many_pictures_are_all_learnt(make_run, tmp_path):
